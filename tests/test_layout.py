@@ -168,14 +168,13 @@ def test_names_say_what_things_are():
     assert [where for where, name in names if suffix.search(name) or name in catch_all] == []
 
 
-@pytest.mark.parametrize("path", PYTHON + CPP, ids=name_of)
-def test_file_opens_with_licence_and_purpose(path):
+def test_files_open_with_licence_and_purpose():
     """The first two lines tell a reader the terms and what the file is for."""
-    text = path.read_text(encoding="utf-8")
-    comment = "#" if path.suffix == ".py" else "//"
-    licence, _, rest = text.partition("\n")
-    assert licence == f"{comment} SPDX-License-Identifier: Apache-2.0"
-    assert rest.startswith('"""' if path.suffix == ".py" else "// ")
+    for path in PYTHON + CPP:
+        mark, purpose = ("#", '"""') if path.suffix == ".py" else ("//", "// ")
+        licence, _, rest = path.read_text(encoding="utf-8").partition("\n")
+        assert licence == f"{mark} SPDX-License-Identifier: Apache-2.0", name_of(path)
+        assert rest.startswith(purpose), name_of(path)
 
 
 def test_no_unfinished_marks_or_dead_cpp():
