@@ -1,0 +1,32 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which instruction set the CPU kernels use, decided once per process.
+#pragma once
+
+namespace lychee {
+
+enum class Isa { kGeneric, kAvx2, kAvx512 };
+
+// The best set this machine has, or the one LYCHEE_CPU_ISA=generic|avx2|avx512 names (an error if
+// the machine lacks it).
+Isa cpu_isa();
+
+const char* isa_name(Isa isa);
+
+// One kernel entry per instruction set; pick() chooses one.
+template <class Fn>
+struct IsaTable {
+  Fn generic, avx2, avx512;
+  Fn pick() const {
+    const Isa isa = cpu_isa();
+    return isa == Isa::kAvx512 ? avx512 : isa == Isa::kAvx2 ? avx2 : generic;
+  }
+};
+
+// The table of kernel `fn`, whose builds are fn_generic, fn_avx2 and fn_avx512.
+#if defined(__x86_64__)
+#define LYCHEE_ISA_TABLE(Fn, fn) (::lychee::IsaTable<Fn>{fn##_generic, fn##_avx2, fn##_avx512})
+#else
+#define LYCHEE_ISA_TABLE(Fn, fn) (::lychee::IsaTable<Fn>{fn##_generic, fn##_generic, fn##_generic})
+#endif
+
+}  // namespace lychee

@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: Apache-2.0
+// Sixteen-lane float vectors on AVX-512; include after the target pragma. Internal linkage only.
+#pragma once
+
+#include "dispatch.h"
+
+namespace lychee {
+namespace {
+
+using Vec = __m512;
+constexpr int kLanes = 16;
+// Register blocking of the matrix products: rows x vectors of columns, 24 of 32 registers.
+constexpr int kRowBlock = 6;
+constexpr int kColBlock = 4;
+
+inline Vec zero() { return _mm512_setzero_ps(); }
+inline Vec broadcast(float x) { return _mm512_set1_ps(x); }
+inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+inline Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
+inline Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+inline Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+inline Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
+inline Vec abs(Vec a) { return _mm512_abs_ps(a); }
+inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+inline Vec fms(Vec a, Vec b, Vec c) { return _mm512_fmsub_ps(a, b, c); }
+inline float reduce_add(Vec a) { return _mm512_reduce_add_ps(a); }
+inline float reduce_max(Vec a) { return _mm512_reduce_max_ps(a); }
+inline bool any_greater(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0; }
+
+inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
+inline Vec load(const BFloat16* p) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+inline Vec load(const Float16* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline Vec load(const int8_t* p) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+}
+inline Vec load(const Float8E4M3* p) {
+  const __m512i x = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  const __m512i magnitude = _mm512_and_si512(x, _mm512_set1_epi32(0x7f));
+  // Exponent bias 7 becomes 127; subnormals are mantissa * 2^-9; 0x7f is NaN.
+  __m512i bits = _mm512_add_epi32(_mm512_slli_epi32(magnitude, 20), _mm512_set1_epi32(120 << 23));
+  const __m512 subnormal =
+      _mm512_mul_ps(_mm512_cvtepi32_ps(magnitude), _mm512_set1_ps(0.001953125f));
+  bits = _mm512_mask_mov_epi32(bits, _mm512_cmplt_epi32_mask(magnitude, _mm512_set1_epi32(8)),
+                               _mm512_castps_si512(subnormal));
+  bits = _mm512_mask_mov_epi32(bits, _mm512_cmpeq_epi32_mask(magnitude, _mm512_set1_epi32(0x7f)),
+                               _mm512_set1_epi32(0x7fc00000));
+  const __m512i sign = _mm512_slli_epi32(_mm512_and_si512(x, _mm512_set1_epi32(0x80)), 24);
+  return _mm512_castsi512_ps(_mm512_or_si512(bits, sign));
+}
+
+inline void store(float* p, Vec x) { _mm512_storeu_ps(p, x); }
+inline void store(BFloat16* p, Vec x) {
+  const __m512i bits = _mm512_castps_si512(x);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  __m512i rounded = _mm512_srli_epi32(
+      _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+  rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q),
+                                  _mm512_set1_epi32(0x7fc0));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(rounded));
+}
+inline void store(Float16* p, Vec x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+// Rounds to nearest even; x lies within int8 range.
+inline void store(int8_t* p, Vec x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x)));
+}
+
+// 2^x for x below 2^7, exactly 0 at -inf. Minimax polynomial on [0, 1), relative error 8.2e-8.
+inline Vec exp2(Vec x) {
+  const Vec f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF);
+  Vec y = _mm512_fmadd_ps(_mm512_set1_ps(0.001867130515165627f), f,
+                          _mm512_set1_ps(0.009017029777169228f));
+  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(0.05579991266131401f));
+  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(0.24016444385051727f));
+  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(0.6931512951850891f));
+  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(1.0f));
+  return _mm512_scalef_ps(y, x);
+}
+
+// Lanes `count` and above become -inf.
+inline Vec keep_first(Vec x, int64_t count) {
+  const __mmask16 keep = count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1;
+  return _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), keep, x);
+}
+// Lanes whose `keep` is 0 become -inf.
+inline Vec keep_where(Vec x, Vec keep) {
+  const __mmask16 mask = _mm512_cmp_ps_mask(keep, _mm512_setzero_ps(), _CMP_NEQ_OQ);
+  return _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), mask, x);
+}
+
+inline void transpose(Vec (&r)[kLanes]) {
+  __m512 t[16];
+  for (int i = 0; i < 8; ++i) {
+    t[2 * i] = _mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    const __m512d a = _mm512_castps_pd(t[4 * i]), b = _mm512_castps_pd(t[4 * i + 2]);
+    const __m512d c = _mm512_castps_pd(t[4 * i + 1]), d = _mm512_castps_pd(t[4 * i + 3]);
+    r[4 * i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+    r[4 * i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+    r[4 * i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(c, d));
+    r[4 * i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(c, d));
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[i] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88);
+    r[i + 8] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd);
+    r[i + 4] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0x88);
+    r[i + 12] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0xdd);
+  }
+}
+
+}  // namespace
+}  // namespace lychee

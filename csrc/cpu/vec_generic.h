@@ -1,0 +1,136 @@
+// SPDX-License-Identifier: Apache-2.0
+// Four-lane float vectors in the compiler's vector extension: any CPU, no special flags.
+#pragma once
+
+#include "dispatch.h"
+
+namespace lychee {
+namespace {
+
+typedef float Vec __attribute__((vector_size(16)));
+typedef int32_t IntVec __attribute__((vector_size(16)));
+constexpr int kLanes = 4;
+// Register blocking of the matrix products: rows x vectors of columns, 8 of 16 registers.
+constexpr int kRowBlock = 4;
+constexpr int kColBlock = 2;
+
+inline Vec broadcast(float x) { return Vec{x, x, x, x}; }
+inline Vec zero() { return broadcast(0.0f); }
+inline Vec add(Vec a, Vec b) { return a + b; }
+inline Vec sub(Vec a, Vec b) { return a - b; }
+inline Vec mul(Vec a, Vec b) { return a * b; }
+inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
+inline Vec min(Vec a, Vec b) { return a < b ? a : b; }
+inline Vec abs(Vec a) { return reinterpret_cast<Vec>(reinterpret_cast<IntVec>(a) & 0x7fffffff); }
+inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+inline Vec fms(Vec a, Vec b, Vec c) { return a * b - c; }
+inline float reduce_add(Vec a) { return (a[0] + a[2]) + (a[1] + a[3]); }
+inline float reduce_max(Vec a) {
+  const float x = a[0] > a[1] ? a[0] : a[1], y = a[2] > a[3] ? a[2] : a[3];
+  return x > y ? x : y;
+}
+inline bool any_greater(Vec a, Vec b) {
+  const IntVec greater = a > b;
+  return (greater[0] | greater[1] | greater[2] | greater[3]) != 0;
+}
+
+inline float from_bits(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+inline uint32_t to_bits(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+inline float to_float(float x) { return x; }
+inline float to_float(int8_t x) { return x; }
+inline float to_float(BFloat16 x) { return from_bits(static_cast<uint32_t>(x.bits) << 16); }
+inline float to_float(Float16 x) {
+  const uint32_t magnitude = x.bits & 0x7fff;
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
+  // Exponent bias 15 becomes 127; the largest exponent is inf or NaN; subnormals are m * 2^-24.
+  if (magnitude >= 0x7c00) return from_bits(sign | 0x7f800000 | magnitude << 13);
+  if (magnitude >= 0x0400) return from_bits(sign | ((magnitude << 13) + (112u << 23)));
+  const float subnormal = static_cast<float>(magnitude) * 5.9604644775390625e-8f;
+  return sign ? -subnormal : subnormal;
+}
+inline float to_float(Float8E4M3 x) {
+  const uint32_t magnitude = x.bits & 0x7f;
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x80) << 24;
+  // Exponent bias 7 becomes 127; subnormals are mantissa * 2^-9; 0x7f is NaN.
+  if (magnitude == 0x7f) return from_bits(sign | 0x7fc00000);
+  if (magnitude >= 8) return from_bits(sign | ((magnitude << 20) + (120u << 23)));
+  const float subnormal = static_cast<float>(magnitude) * 0.001953125f;
+  return sign ? -subnormal : subnormal;
+}
+
+inline void from_float(float* p, float x) { *p = x; }
+inline void from_float(int8_t* p, float x) { *p = static_cast<int8_t>(rintf(x)); }
+inline void from_float(BFloat16* p, float x) {
+  const uint32_t bits = to_bits(x);
+  p->bits = x != x ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+inline void from_float(Float16* p, float x) {
+  const uint32_t bits = to_bits(x), magnitude = bits & 0x7fffffff;
+  uint32_t half;
+  if (magnitude > 0x7f800000) {
+    half = 0x7e00;
+  } else if (magnitude >= 0x477ff000) {  // rounds to 2^16 or more
+    half = 0x7c00;
+  } else if (magnitude >= 0x38800000) {
+    half = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
+  } else {
+    half = static_cast<uint32_t>(rintf(from_bits(magnitude) * 16777216.0f));
+  }
+  p->bits = static_cast<uint16_t>(half | (bits >> 16 & 0x8000));
+}
+
+template <class T>
+inline Vec load(const T* p) {
+  return Vec{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
+}
+template <class T>
+inline void store(T* p, Vec x) {
+  for (int i = 0; i < kLanes; ++i) from_float(p + i, x[i]);
+}
+
+// 2^x for x below 2^7, exactly 0 below -126. Minimax polynomial on [0, 1), relative error 8.2e-8.
+inline Vec exp2(Vec x) {
+  const Vec clamped = max(x, broadcast(-126.0f));
+  const IntVec truncated = __builtin_convertvector(clamped, IntVec);
+  const IntVec floor = truncated + (__builtin_convertvector(truncated, Vec) > clamped);
+  const Vec f = clamped - __builtin_convertvector(floor, Vec);
+  Vec y = 0.001867130515165627f * f + 0.009017029777169228f;
+  y = y * f + 0.05579991266131401f;
+  y = y * f + 0.24016444385051727f;
+  y = y * f + 0.6931512951850891f;
+  y = y * f + 1.0f;
+  y = reinterpret_cast<Vec>(reinterpret_cast<IntVec>(y) + (floor << 23));
+  return reinterpret_cast<Vec>(reinterpret_cast<IntVec>(y) & (x >= -126.0f));
+}
+
+// Lanes `count` and above become -inf.
+inline Vec keep_first(Vec x, int64_t count) {
+  for (int i = 0; i < kLanes; ++i) {
+    if (i >= count) x[i] = -INFINITY;
+  }
+  return x;
+}
+// Lanes whose `keep` is 0 become -inf.
+inline Vec keep_where(Vec x, Vec keep) { return keep != 0.0f ? x : broadcast(-INFINITY); }
+
+inline void transpose(Vec (&r)[kLanes]) {
+  for (int i = 0; i < kLanes; ++i) {
+    for (int j = 0; j < i; ++j) {
+      const float x = r[i][j];
+      r[i][j] = r[j][i];
+      r[j][i] = x;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace lychee

@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the kernels need of the stable ABI beyond tensors: output allocation, and its poison.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+namespace lychee {
+
+// LYCHEE_POISON=1 fills every fresh output with 0xFF bytes: NaN in every float type, -1 in signed
+// integers, so that an element a kernel forgot to write cannot pass a test.
+inline bool poison_outputs() {
+  const char* value = std::getenv("LYCHEE_POISON");
+  return value != nullptr && std::strcmp(value, "1") == 0;
+}
+
+// A dense CPU tensor whose dimensions lie in memory in the order `memory_order` (outermost first).
+inline torch::stable::Tensor new_output(const std::vector<int64_t>& sizes,
+                                        torch::headeronly::ScalarType dtype,
+                                        const std::vector<int>& memory_order = {}) {
+  const int ndim = static_cast<int>(sizes.size());
+  std::vector<int64_t> strides(ndim);
+  int64_t numel = 1;
+  for (int i = ndim - 1; i >= 0; --i) {
+    const int dim = memory_order.empty() ? i : memory_order[i];
+    strides[dim] = numel;
+    numel *= sizes[dim] > 0 ? sizes[dim] : 1;
+  }
+  const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(ndim, sizes.data(), strides.data(), type,
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  torch::stable::Tensor output(handle);
+  if (poison_outputs()) {
+    std::memset(output.mutable_data_ptr(), 0xFF, output.numel() * output.element_size());
+  }
+  return output;
+}
+
+}  // namespace lychee

@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ops in plain PyTorch, same signatures: the specification, and the backend "ref"."""
+
+from .compress_pack import compress_pack, compress_pack_, write_memory_
+from .gather_chunks import gather_chunks
+from .memory_attention import memory_attention, memory_attention_backward
+from .select_chunks import ChunkSelection, select_chunks
+
+__all__ = [
+    "ChunkSelection",
+    "compress_pack",
+    "compress_pack_",
+    "gather_chunks",
+    "memory_attention",
+    "memory_attention_backward",
+    "select_chunks",
+    "write_memory_",
+]
