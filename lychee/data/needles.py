@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Facts with random keys and values ("needles") and the questions that ask for them.
+
+Single- and multi-key retrieval as in RULER (arXiv:2404.06654): a sentence states a number or a
+word for a key, and the text around it says nothing about either.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import zlib
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+KINDS = ("number", "word")
+
+ATTRIBUTES = {
+    "number": (
+        "magic number",
+        "secret code",
+        "locker number",
+        "phone number",
+        "ticket number",
+        "account number",
+        "lucky number",
+        "order number",
+    ),
+    "word": (
+        "magic word",
+        "password",
+        "codename",
+        "nickname",
+        "favourite thing",
+        "secret word",
+        "hiding place",
+        "home town",
+    ),
+}
+
+# The first statement and question follow RULER's wording; any question may ask for any statement.
+STATEMENTS = (
+    "One of the special {attribute}s for {key} is: {value}.",
+    "The special {attribute} for {key} is: {value}.",
+    "The {attribute} of {key} is {value}.",
+    "Remember that the {attribute} of {key} is {value}.",
+    "As everybody knows, the {attribute} for {key} is {value}.",
+    "For {key} the {attribute} is {value}.",
+)
+QUESTIONS = (
+    "What is the special {attribute} for {key} mentioned in the provided text?",
+    "What is the special {attribute} for {key}?",
+    "What is the {attribute} of {key}?",
+    "What is the {attribute} for {key}?",
+    "Which {attribute} does {key} have?",
+    "Tell me the {attribute} of {key}.",
+)
+
+
+@dataclass(frozen=True)
+class Needle:
+    """One fact: `statement` goes into a text, `question` asks for `value`."""
+
+    kind: str
+    attribute: str
+    key: str
+    value: str
+    statement: str
+    question: str
+
+
+def word_list(texts: Iterable[str], *, held_out: bool, minimum_count: int = 3) -> list[str]:
+    """Lower-case words of 4 to 9 letters that occur in `texts`, in alphabetic order.
+
+    One word in ten, chosen by its CRC-32, is held out of training: `held_out` gives those, or all
+    the others.
+    """
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(re.findall(r"(?<![A-Za-z'-])[a-z]{4,9}(?![A-Za-z'-])", text))
+    words = sorted(word for word, count in counts.items() if count >= minimum_count)
+    return [word for word in words if (zlib.crc32(word.encode()) % 10 == 0) == held_out]
+
+
+class NeedleMaker:
+    """Draws needles from a word list; the same seed gives the same needles.
+
+    `single` makes keys and values of one word or two digits, to start training with.
+    """
+
+    def __init__(self, words: list[str], seed: int | random.Random = 0, *, single: bool = False):
+        if len(words) < 16:
+            raise ValueError(f"needles: expected at least 16 words to draw from, got {len(words)}")
+        self.words = words
+        self.random = seed if isinstance(seed, random.Random) else random.Random(seed)
+        self.single = single
+
+    def key(self) -> str:
+        """One word, or mostly two with a hyphen, as RULER has them."""
+        words = self.random.sample(self.words, 2)
+        return words[0] if self.single or self.random.random() < 0.15 else "-".join(words)
+
+    def value(self, kind: str) -> str:
+        """Seven digits without a leading zero, or one or two words."""
+        if kind == "number":
+            return str(self.random.randrange(10 if self.single else 1_000_000, self.limit))
+        return self.key()
+
+    @property
+    def limit(self) -> int:
+        return 100 if self.single else 10_000_000
+
+    def make(
+        self,
+        kind: str | None = None,
+        *,
+        key: str | None = None,
+        attribute: str | None = None,
+        wording: int | None = None,
+    ) -> Needle:
+        """A needle; whatever is not given is drawn. `wording` 0 is RULER's own."""
+        draw = self.random
+        if kind is None:
+            kind = draw.choice(KINDS)
+        if wording == 0 and attribute is None:
+            attribute = ATTRIBUTES[kind][0]
+        fields = {
+            "attribute": attribute or draw.choice(ATTRIBUTES[kind]),
+            "key": key or self.key(),
+            "value": self.value(kind),
+        }
+        statement = draw.choice(STATEMENTS) if wording is None else STATEMENTS[wording]
+        question = draw.choice(QUESTIONS) if wording is None else QUESTIONS[wording]
+        return Needle(
+            kind, **fields, statement=statement.format(**fields), question=question.format(**fields)
+        )
+
+    def reword(self, needle: Needle) -> str:
+        """Any of the questions that ask for `needle`."""
+        question = self.random.choice(QUESTIONS)
+        return question.format(attribute=needle.attribute, key=needle.key)
+
+    def unrelated(self, needles: list[Needle]) -> Needle:
+        """A needle that `needles` do not state, often sharing a key's half or an attribute."""
+        draw = self.random
+        stated = {(needle.attribute, needle.key) for needle in needles}
+        while True:
+            needle = self.make()
+            if needles and draw.random() < 0.5:
+                near = draw.choice(needles)
+                if draw.random() < 0.4:
+                    needle = self.make(key=near.key)
+                elif "-" in near.key:
+                    halves = near.key.split("-")
+                    halves[draw.randrange(2)] = draw.choice(self.words)
+                    needle = self.make(near.kind, attribute=near.attribute, key="-".join(halves))
+            if (needle.attribute, needle.key) not in stated:
+                return needle

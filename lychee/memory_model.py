@@ -1,0 +1,345 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LycheeMemory: one object that remembers texts and answers questions about them."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
+
+import torch
+
+from lychee.bank import Chunk, Document, MemoryBank
+from lychee.chunking import cut_chunks
+from lychee.compressor import Compressor
+from lychee.config import MemoryConfig, ModelConfig
+from lychee.errors import CheckpointError, InputError, MemoryConfigError
+from lychee.generate import GREEDY, Sampling
+from lychee.prompts import DEFAULTS, PromptTemplate
+from lychee.reasoner import ReadingPrompts, Reasoner
+from lychee.tokenizer import TextTokenizer
+from lychee.trace import Answer, Source, Step, Usage
+from lychee.weights import load_decoder, read_config, save_decoder
+
+SHIPPED_MODEL = Path(__file__).parent / "assets" / "model"
+
+# Raw tokens compressed in one batch of chunks: enough rows for the matrix products to run at full
+# rate, few enough that peak memory stays flat.
+BATCH_TOKENS = 4096
+
+Progress = Callable[[int, int], None]
+OnStep = Callable[[int, Step], None]
+
+
+class LycheeMemory:
+    """A decoder with its compressor and reasoner."""
+
+    def __init__(self, decoder, tokenizer: TextTokenizer, raw_config: dict, memory: MemoryConfig):
+        self.decoder, self.tokenizer, self.memory = decoder, tokenizer, memory
+        self.raw_config = raw_config
+        self.trained = True
+        self.compressor = Compressor(decoder)
+        self.reasoner = Reasoner(decoder, reading_prompts(tokenizer, decoder.config, memory), memory)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path | None = None,
+        *,
+        ratio: int | None = None,
+        window: int | None = None,
+        chunk: int | None = None,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+    ) -> LycheeMemory:
+        """Load a Hugging Face model folder: Qwen2, Qwen2.5, Qwen3 or Llama 3.
+
+        Args:
+            folder: config.json, *.safetensors and tokenizer.json; None is the shipped small model.
+            ratio, window, chunk: raw tokens per memory token, per compressor window and per
+                chunk; default to the checkpoint's own.
+            device: "auto" takes a GPU where there is one.
+            dtype: "auto" is float32 on a CPU and the stored dtype on a GPU.
+
+        Raises:
+            CheckpointError, UnsupportedModelError, MemoryConfigError: with one line that says why.
+
+        A folder without trained memory parameters loads as well: its compressor then starts as a
+        copy of the ordinary projections, `trained` is False and answers are not to be relied on.
+        """
+        folder = SHIPPED_MODEL if folder is None else Path(folder)
+        raw = read_config(folder)
+        config = ModelConfig.from_dict(raw)
+        if chunk is None and window is not None:
+            chunk = window
+        memory = MemoryConfig.from_dict(raw, ratio=ratio, window=window, chunk=chunk)
+        if config.num_hidden_layers < 1:
+            raise CheckpointError(f"{folder}: expected at least one layer, got none")
+        device = pick_device(device)
+        tokenizer = TextTokenizer.from_folder(folder)
+        decoder, trained = load_decoder(
+            folder, raw, memory, device=device, dtype=pick_dtype(dtype, raw, device)
+        )
+        model = cls(decoder, tokenizer, raw, memory)
+        model.trained = trained
+        return model
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write a folder that `from_pretrained` reads; `dtype` None keeps the current one."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        raw = self.raw_config | self.memory.to_dict()
+        save_decoder(folder, self.decoder, raw, dtype or self.decoder.dtype)
+        self.tokenizer.save(folder)
+
+    def remember(
+        self, source: str | Path | Sequence[Path], *, progress: Progress | None = None
+    ) -> MemoryBank:
+        """Read texts once and compress them into a new bank.
+
+        Args:
+            source: a text, or the path or paths of UTF-8 text files.
+            progress: called with (tokens done, tokens in all).
+
+        Raises:
+            InputError: a missing, empty or binary file, or an empty text.
+        """
+        bank = MemoryBank(
+            self.decoder.config,
+            self.memory,
+            device=self.decoder.device,
+            dtype=self.decoder.dtype,
+        )
+        pieces = []
+        for document in read_documents(source):
+            pieces += self._cut(document, len(bank.documents))
+            bank.documents.append(document)
+        bank.reserve(sum(bank.pages_for(len(ids)) for ids, *_ in pieces))
+        for ids, document, start, stop in pieces:
+            pages = bank.allocate(len(ids))
+            memory_tokens = bank.memory_tokens_for(len(ids))
+            bank.chunks.append(Chunk(document, start, stop, len(ids), memory_tokens, pages))
+        self._compress([ids for ids, *_ in pieces], bank, progress or (lambda *_: None))
+        return bank
+
+    def _cut(self, document: Document, index: int) -> list[tuple[list[int], int, int, int]]:
+        """Chunks of a document as (ids, document index, first and last character)."""
+        ids, offsets = self.tokenizer.encode_with_offsets(document.text)
+        if not ids:
+            raise InputError(f"{document.name}: expected text, got nothing to read")
+        ends = self.tokenizer.sentence_ends if self.memory.cut == "sentence" else None
+        return [
+            (ids[start:stop], index, offsets[start][0], offsets[stop - 1][1])
+            for start, stop in cut_chunks(ids, self.memory.chunk, ends)
+        ]
+
+    @torch.inference_mode()
+    def _compress(self, pieces: list[list[int]], bank: MemoryBank, progress: Progress) -> None:
+        """Compress chunks in batches of similar length, so that little of a batch is padding."""
+        order = sorted(range(len(pieces)), key=lambda index: -len(pieces[index]))
+        size = max(1, BATCH_TOKENS // self.memory.chunk)
+        ratio, done, total = self.memory.ratio, 0, bank.tokens
+        progress(0, total)
+        for first in range(0, len(order), size):
+            batch = order[first : first + size]
+            width = -(-len(pieces[batch[0]]) // ratio) * ratio
+            ids = torch.zeros(len(batch), width, dtype=torch.int64)
+            lengths = torch.tensor([len(pieces[index]) for index in batch])
+            for row, index in enumerate(batch):
+                ids[row, : lengths[row]] = torch.tensor(pieces[index])
+            mask = torch.arange(width)[None] < lengths[:, None]
+            self.compressor.run(
+                ids.to(self.decoder.device),
+                bank.sink([bank.chunks[index].pages for index in batch]),
+                ratio=ratio,
+                window=self.memory.window,
+                mask=None if bool(mask.all()) else mask.to(self.decoder.device),
+            )
+            done += int(lengths.sum())
+            progress(done, total)
+
+    def ask(
+        self,
+        bank: MemoryBank,
+        question: str,
+        *,
+        sampling: Sampling = GREEDY,
+        on_step: OnStep | None = None,
+    ) -> Answer:
+        """Answer one question from a bank; see `ask_many`."""
+        return self.ask_many(bank, [question], sampling=sampling, on_step=on_step)[0]
+
+    def ask_many(
+        self,
+        bank: MemoryBank,
+        questions: Sequence[str],
+        *,
+        sampling: Sampling = GREEDY,
+        on_step: OnStep | None = None,
+        on_token: Callable[[int, str], None] | None = None,
+    ) -> list[Answer]:
+        """Answer questions from a bank, all of them in one pass over it.
+
+        Args:
+            bank: what `remember` returned, made with this model at this ratio.
+            questions: non-empty texts.
+            sampling: greedy by default.
+            on_step: called with (question index, step) after every chunk.
+            on_token: called with (question index, text) as the answers are written.
+
+        Raises:
+            InputError: an empty question, or one longer than the checkpoint's limit.
+        """
+        if bank.memory != self.memory:
+            raise MemoryConfigError(f"bank: expected {self.memory}, got {bank.memory}")
+        ids = [self._encode_question(question) for question in questions]
+        traces: list[list[Step]] = [[] for _ in questions]
+
+        def on_read(index: int, chunk: int, notes: list[int], changed: bool) -> None:
+            piece = bank.chunks[chunk]
+            name = bank.documents[piece.document].name
+            text = self.tokenizer.decode(notes).strip()
+            step = Step(chunk, name, piece.start, piece.stop, text, changed)
+            traces[index].append(step)
+            if on_step is not None:
+                on_step(index, step)
+
+        started = time.perf_counter()
+        notes = self.reasoner.read(bank, ids, sampling=sampling, on_read=on_read)
+        read = time.perf_counter()
+        write = None
+        if on_token is not None:
+            write = lambda index, token: on_token(index, self.tokenizer.decode([token]))  # noqa: E731
+        answers = self.reasoner.answer(ids, notes, sampling, write)
+        finished = time.perf_counter()
+        usage = Usage(
+            bank.tokens,
+            bank.memory_tokens,
+            bank.nbytes,
+            len(bank),
+            len(bank),
+            read - started,
+            finished - read,
+        )
+        return [
+            Answer(
+                question,
+                self.tokenizer.decode(answer).strip(),
+                [source_of(bank, step) for step in trace if step.changed],
+                trace,
+                usage,
+            )
+            for question, answer, trace in zip(questions, answers, traces, strict=True)
+        ]
+
+    def stream(
+        self, bank: MemoryBank, question: str, *, sampling: Sampling = GREEDY
+    ) -> Iterator[Step | str | Answer]:
+        """Yield a Step per chunk read, pieces of the answer's text, and the Answer at the end."""
+        events: SimpleQueue = SimpleQueue()
+
+        def work() -> None:
+            try:
+                answers = self.ask_many(
+                    bank,
+                    [question],
+                    sampling=sampling,
+                    on_step=lambda _, step: events.put(step),
+                    on_token=lambda _, text: events.put(text),
+                )
+                events.put(answers[0])
+            except BaseException as error:  # handed to the reader, who raises it
+                events.put(error)
+
+        worker = Thread(target=work, daemon=True)
+        worker.start()
+        while True:
+            event = events.get()
+            if isinstance(event, BaseException):
+                raise event
+            yield event
+            if isinstance(event, Answer):
+                worker.join()
+                return
+
+    def _encode_question(self, question: str) -> list[int]:
+        if not question.strip():
+            raise InputError("question: expected text, got nothing")
+        ids = self.tokenizer.encode(question.strip())
+        if len(ids) > self.memory.question:
+            raise InputError(
+                f"question: expected at most {self.memory.question} tokens, got {len(ids)}"
+            )
+        return ids
+
+
+def source_of(bank: MemoryBank, step: Step) -> Source:
+    return Source(step.document, step.start, step.stop, bank.text(step.chunk))
+
+
+def reading_prompts(
+    tokenizer: TextTokenizer, config: ModelConfig, memory: MemoryConfig
+) -> ReadingPrompts:
+    """The checkpoint's own prompts, or the defaults in the tokenizer's chat template."""
+    texts = dict(DEFAULTS)
+    if not memory.templates:
+        for name in ("update", "answer"):
+            texts[name] = tokenizer.chat(texts[name])
+    texts |= memory.templates
+    return ReadingPrompts(
+        PromptTemplate.from_text(texts["update"], tokenizer.encode),
+        PromptTemplate.from_text(texts["answer"], tokenizer.encode),
+        tokenizer.encode(texts["no_memory"]),
+        frozenset(config.eos_token_ids),
+    )
+
+
+def read_documents(source: str | Path | Sequence[Path]) -> list[Document]:
+    """Documents of a text, a path or several paths; each must be non-empty UTF-8 text."""
+    if isinstance(source, str):
+        documents = [Document("text", source)]
+    else:
+        paths = [source] if isinstance(source, Path) else list(source)
+        documents = [read_file(path) for path in paths]
+    if not documents:
+        raise InputError("documents: expected at least one, got none")
+    for document in documents:
+        if not document.text.strip():
+            raise InputError(f"{document.name}: expected text, got an empty document")
+    return documents
+
+
+def read_file(path: Path) -> Document:
+    """One UTF-8 text file; "-" is standard input."""
+    try:
+        data = sys.stdin.buffer.read() if str(path) == "-" else Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: expected a text file, got: {error.strerror}") from error
+    if b"\0" in data:
+        raise InputError(f"{path}: expected a text file, got binary data")
+    try:
+        return Document(str(path), data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path}: expected UTF-8 text, got byte {data[error.start]:#04x} at {error.start}"
+        ) from error
+
+
+def pick_device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device)
+
+
+def pick_dtype(dtype: str | torch.dtype, raw: dict, device: torch.device) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    stored = raw.get("dtype") or raw.get("torch_dtype") or "float32"
+    name = (stored if device.type != "cpu" else "float32") if dtype == "auto" else dtype
+    found = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in found:
+        raise MemoryConfigError(f"dtype: expected one of {', '.join(found)}, got {name!r}")
+    return found[name]

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompt templates of the reading loop: named constants, overridable per checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from lychee.errors import MemoryConfigError
+
+# The update turn sees one chunk's memory; its output replaces the working memory.
+UPDATE = (
+    "You are reading a long text piece by piece. The piece itself is in your memory; you also see "
+    "the question and your notes so far.\n"
+    "<question>{question}</question>\n<notes>{memory}</notes>\n"
+    "Write the complete new notes: keep what still helps to answer, add what this piece tells, "
+    "leave out the rest.\nNew notes:"
+)
+
+# The final turn sees no text, only the working memory.
+ANSWER = (
+    "You have read a long text. Answer the question from your notes, in as few words as possible.\n"
+    "<question>{question}</question>\n<notes>{memory}</notes>\nAnswer:"
+)
+
+NO_MEMORY = "nothing yet"
+
+DEFAULTS = {"update": UPDATE, "answer": ANSWER, "no_memory": NO_MEMORY}
+
+
+class PromptTemplate:
+    """Token ids around a question and a working memory, spliced in as ids.
+
+    Sections are tokenized once, one by one, and the memory's ids are never re-tokenized, so a
+    memory survives any number of turns unchanged.
+    """
+
+    def __init__(self, sections: Sequence[tuple[str | None, Sequence[int]]], tail: Sequence[int]):
+        """`sections`: (placeholder, ids before it) in order; `tail`: ids after the last one."""
+        self.sections = [(name, list(ids)) for name, ids in sections]
+        self.tail = list(tail)
+
+    @classmethod
+    def from_text(cls, text: str, encode: Callable[[str], list[int]]) -> PromptTemplate:
+        sections, rest = [], text
+        while True:
+            found = [(rest.find("{" + n + "}"), n) for n in ("question", "memory")]
+            found = sorted(pair for pair in found if pair[0] >= 0)
+            if not found:
+                break
+            place, name = found[0]
+            sections.append((name, encode(rest[:place])))
+            rest = rest[place + len(name) + 2 :]
+        if sorted(name for name, _ in sections) != ["memory", "question"]:
+            raise MemoryConfigError(
+                f"prompt template: expected {{question}} and {{memory}} once each, got {text!r}"
+            )
+        return cls(sections, encode(rest))
+
+    def render(self, question: Sequence[int], memory: Sequence[int]) -> list[int]:
+        """Ids of the whole prompt."""
+        values = {"question": question, "memory": memory}
+        ids: list[int] = []
+        for name, before in self.sections:
+            ids += before
+            ids += values[name]
+        return ids + self.tail
+
+    def __len__(self) -> int:
+        return sum(len(ids) for _, ids in self.sections) + len(self.tail)

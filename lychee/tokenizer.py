@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text to token ids and back, over the `tokenizers` library and a folder's tokenizer.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from lychee.errors import CheckpointError
+
+END = "<|end|>"
+SPECIAL_TOKENS = (END, "<|pad|>", "<|question|>", "<|memory|>", "<|update|>", "<|answer|>")
+
+
+class TextTokenizer:
+    """Tokenizer of a model folder; never adds special tokens of its own."""
+
+    def __init__(self, backend: Tokenizer, folder: Path | None = None):
+        self.backend = backend
+        self.folder = folder
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> TextTokenizer:
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise CheckpointError(f"{folder}: expected a tokenizer.json, got none")
+        try:
+            return cls(Tokenizer.from_file(str(path)), folder)
+        except Exception as error:
+            raise CheckpointError(f"{path}: expected a tokenizer, got: {error}") from error
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> TextTokenizer:
+        """Byte-level BPE with every digit a token of its own, so that numbers copy digit by digit."""
+        backend = Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False),
+            ]
+        )
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=list(SPECIAL_TOKENS),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        backend.train_from_iterator(texts, trainer)
+        return cls(backend)
+
+    def save(self, folder: Path) -> None:
+        self.backend.save(str(folder / "tokenizer.json"))
+
+    def encode(self, text: str) -> list[int]:
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        encoded = self.backend.encode_batch(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encoded]
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids and the character span each came from."""
+        encoding = self.backend.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self.backend.decode(list(ids), skip_special_tokens=True)
+
+    def id_of(self, token: str) -> int | None:
+        return self.backend.token_to_id(token)
+
+    @cached_property
+    def sentence_ends(self) -> frozenset[int]:
+        """Ids of tokens after which a text may be cut: a full stop and the like, or a blank line."""
+        ends = set()
+        for token_id in range(self.backend.get_vocab_size()):
+            text = self.backend.decode([token_id])
+            if text.rstrip(" \"')”’_").endswith((".", "!", "?")) or text.count("\n") > 1:
+                ends.add(token_id)
+        return frozenset(ends)
+
+    @cached_property
+    def has_chat_template(self) -> bool:
+        if self.folder is None:
+            return False
+        path = self.folder / "tokenizer_config.json"
+        if (self.folder / "chat_template.jinja").is_file():
+            return True
+        return path.is_file() and bool(json.loads(path.read_text()).get("chat_template"))
+
+    def chat(self, prompt: str) -> str:
+        """`prompt` as the only user message of a chat, if the folder has a chat template."""
+        if not self.has_chat_template:
+            return prompt
+        # Imported here: transformers takes seconds to load and small models do not need it.
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        messages = [{"role": "user", "content": prompt}]
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
