@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lychee.config import MemoryConfig, ModelConfig
+from lychee.config import MemoryConfig, ModelConfig, as_tuple
 from lychee.decoder import Decoder
 from lychee.errors import CheckpointError
 
@@ -28,6 +28,31 @@ HEAD = "lm_head.weight"
 FLOATS = {"F64", "F32", "F16", "BF16"}
 # Never read: the released training's leftover head, and rotary tables of old transformers versions.
 IGNORED = re.compile(r"similarity_head\.(weight|bias)|.*rotary_emb\.inv_freq")
+
+COUNT, COUNTS = "a whole number above 0", "whole numbers above 0"
+NUMBER, IDS, TEXTS, OBJECT = "a number above 0", "token ids", "a list of texts", "an object"
+# What config.json may say; fields that are absent or null are the config classes' matter.
+FIELDS = {
+    COUNT: (
+        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
+        *("num_attention_heads", "num_key_value_heads", "max_position_embeddings"),
+        *(f"lychee_memory_{name}" for name in ("window", "stride", "chunk", "size", "answer")),
+        "lychee_memory_question",
+    ),
+    NUMBER: ("rms_norm_eps", "rope_theta"),
+    COUNTS: ("lychee_memory_ratio",),
+    IDS: ("bos_token_id", "eos_token_id", "pad_token_id"),
+    TEXTS: ("lychee_memory_param",),
+    OBJECT: ("rope_parameters", "rope_scaling", "lychee_memory_templates"),
+}
+FITS = {
+    COUNT: lambda value: type(value) is int and value > 0,
+    NUMBER: lambda value: type(value) in (int, float) and 0 < value < float("inf"),
+    COUNTS: lambda value: value != [] and all(map(FITS[COUNT], as_tuple(value))),
+    IDS: lambda value: all(type(item) is int for item in as_tuple(value)),
+    TEXTS: lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value),
+    OBJECT: lambda value: isinstance(value, dict),
+}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -42,13 +67,20 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The config.json of a model folder."""
+    """The config.json of a model folder, its fields checked for their types."""
     if not folder.is_dir():
         got = "a file" if folder.exists() else "no such folder"
         raise CheckpointError(f"{folder}: expected a model folder, got {got}")
     if not (folder / CONFIG).is_file():
         raise CheckpointError(f"{folder}: expected a {CONFIG}, got none")
-    return read_json(folder / CONFIG)
+    raw = read_json(folder / CONFIG)
+    for expected, names in FIELDS.items():
+        for name in names:
+            if raw.get(name) is not None and not FITS[expected](raw[name]):
+                raise CheckpointError(
+                    f"{folder / CONFIG}: {name}: expected {expected}, got {raw[name]!r}"
+                )
+    return raw
 
 
 def load_decoder(
@@ -76,7 +108,7 @@ def load_decoder(
         CheckpointError: a file or tensor is missing, broken, or does not fit the config.
         UnsupportedModelError: the config asks for what the decoder does not compute.
     """
-    config = model_config(folder, raw)
+    config = ModelConfig.from_dict(raw)
     with torch.device("meta"):
         decoder = Decoder(config, memory.param)
     shapes = {name: list(tensor.shape) for name, tensor in decoder.state_dict().items()}
@@ -130,14 +162,6 @@ def save_decoder(
         os.replace(config, folder / CONFIG)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: expected a writable folder, got: {error}", "") from error
-
-
-def model_config(folder: Path, raw: dict[str, Any]) -> ModelConfig:
-    """ModelConfig of `raw`; a value of a wrong type is the file's fault, not a traceback."""
-    try:
-        return ModelConfig.from_dict(raw)
-    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{folder / CONFIG}: expected a decoder's, got: {error}") from error
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
