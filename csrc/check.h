@@ -43,6 +43,32 @@ inline std::string shape_string(const Tensor& tensor) {
   return text + "]";
 }
 
+// The names Python prints.
+inline std::string dtype_name(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Bool:
+      return "bool";
+    case ScalarType::Float8_e4m3fn:
+      return "float8_e4m3fn";
+    default:
+      return torch::headeronly::toString(dtype);
+  }
+}
+
 // A size of -1 in `sizes` matches anything.
 inline void check_shape(const Tensor& tensor, std::initializer_list<int64_t> sizes, const char* op,
                         const char* argument) {
@@ -59,9 +85,8 @@ inline void check_shape(const Tensor& tensor, std::initializer_list<int64_t> siz
 
 inline void check_dtype(const Tensor& tensor, ScalarType dtype, const char* op,
                         const char* argument) {
-  check(tensor.scalar_type() == dtype, op, argument,
-        std::string("dtype ") + torch::headeronly::toString(dtype),
-        torch::headeronly::toString(tensor.scalar_type()));
+  check(tensor.scalar_type() == dtype, op, argument, "dtype " + dtype_name(dtype),
+        dtype_name(tensor.scalar_type()));
 }
 
 inline void check_last_dim_contiguous(const Tensor& tensor, const char* op, const char* argument) {
@@ -87,8 +112,7 @@ inline Dtype io_dtype(const Tensor& tensor, const char* op, const char* argument
     case ScalarType::Half:
       return Dtype::kFloat16;
     default:
-      fail(op, argument, "dtype float32, bfloat16 or float16",
-           torch::headeronly::toString(tensor.scalar_type()));
+      fail(op, argument, "dtype float32, bfloat16 or float16", dtype_name(tensor.scalar_type()));
   }
 }
 
@@ -104,7 +128,7 @@ inline Dtype bank_dtype(const Tensor& tensor, const char* op, const char* argume
       return io_dtype(tensor, op, argument);
     default:
       fail(op, argument, "dtype float32, bfloat16, float16, int8 or float8_e4m3fn",
-           torch::headeronly::toString(tensor.scalar_type()));
+           dtype_name(tensor.scalar_type()));
   }
 }
 

@@ -8,10 +8,8 @@ from ._loader import backends, cpu_isa, load_library
 load_library()
 
 from .ops.compress_pack import compress_pack, compress_pack_, write_memory_  # noqa: E402
-from .ops.gather_chunks import gather_chunks  # noqa: E402
 from .ops.memory_attention import memory_attention  # noqa: E402
-from .ops.select_chunks import select_chunks  # noqa: E402
-from .ref import ChunkSelection  # noqa: E402
+from .ref import ChunkSelection, gather_chunks, select_chunks  # noqa: E402
 from .rope import rope_tables  # noqa: E402
 
 __all__ = [

@@ -59,14 +59,16 @@ def compress_pack_(
     page_table[b, slot // P], offset slot % P. No two rows may share a slot.
 
     Args:
-        q, k, v, cos, sin, batch, ratio, positions, pos0: as in compress_pack; without gradient.
+        q, k, v, cos, sin: as in compress_pack; without gradient.
         kv: [num_pages, L, Hkv, 2, P, D], the whole bank, float32|bfloat16|float16|int8|
             float8_e4m3fn, last dim contiguous; index 0 of dim 3 is K before rotation, 1 is V.
         kv_scale: [num_pages, L, Hkv, 2, P], float32, for int8 and float8_e4m3fn banks; else None.
         page_table: [B, pages], int32, contiguous.
         slot0: [B], int32, first free slot of each batch entry, >= 0.
+        batch, ratio: as in compress_pack.
         layer: int, 0 <= layer < L.
         mem_valid: [B, m], bool, contiguous, rows to write; or None: all of them.
+        positions, pos0: as in compress_pack.
 
     Returns:
         q_rot, k_rot, v_out as compress_pack.
@@ -102,7 +104,8 @@ def write_memory_(k, v, kv, kv_scale, page_table, slot0, *, batch, layer, mem_va
 
     Args:
         k, v: [B*m, Hkv, D], memory rows only (row b * m + j), without gradient.
-        kv, kv_scale, page_table, slot0, batch, layer, mem_valid: as in compress_pack_.
+        kv, kv_scale, page_table, slot0: as in compress_pack_; kv and kv_scale written in place.
+        batch, layer, mem_valid: as in compress_pack_.
 
     Returns:
         None.

@@ -4,7 +4,7 @@
 import torch
 
 from ..rope import rotate
-from .gather_chunks import gather_chunks
+from .gather_chunks import gather_pages
 
 # Largest number of scores the backward holds at a time (256 MiB in float32).
 MAX_SCORES = 1 << 26
@@ -20,7 +20,7 @@ def memory_attention(
     pages = (kv, kv_scale, layer, page_table, page_len, page_base, num_pages)
     keys, values, visible = _all_keys(q, k, v, pages, valid, cos, sin, rope_mode, query_stride)
 
-    # shape [B, Hkv, G * T, N]
+    # scores are [B, Hkv, G * T, N]
     scores = _by_kv_head(q, k.shape[1]).to(keys.dtype) @ keys.mT * scale
     scores = scores.unflatten(2, (-1, num_queries))
     scores = scores.masked_fill(~visible[:, None, None], -torch.inf)
@@ -31,7 +31,7 @@ def memory_attention(
     out = out.view(batch, num_heads, num_queries, head_dim).to(q.dtype)
     # T-major memory, as the op documents
     out = out.transpose(1, 2).contiguous().transpose(1, 2)
-    return out, lse.reshape(batch, num_heads, num_queries).detach().float()
+    return out, lse.reshape(batch, num_heads, num_queries).detach()
 
 
 def memory_attention_backward(
@@ -98,7 +98,7 @@ def _all_keys(q, k, v, pages, valid, cos, sin, rope_mode, query_stride):
     kv, kv_scale, layer, page_table, page_len, page_base, num_pages = pages
     if kv is None:
         return keys, values, visible
-    page_keys, page_values, in_use = gather_chunks(
+    page_keys, page_values, in_use = gather_pages(
         kv, kv_scale, page_table, page_len, page_base, num_pages, cos, sin,
         layer_range=(layer, layer + 1), rope_mode=rope_mode, out_dtype=compute,
     )  # fmt: skip
@@ -114,7 +114,7 @@ def _scatter_pages(dpages, kv, layer, page_table, page_base, num_pages, tables):
     """Adds gradients [B, Hkv, 2, max_pages * P, D] up into the pages they were read from."""
     _, max_pages = page_table.shape
     page_tokens = kv.shape[4]
-    # shape [B, max_pages, Hkv, 2, P, D]
+    # dpages becomes [B, max_pages, Hkv, 2, P, D]
     dpages = dpages.unflatten(3, (max_pages, page_tokens)).permute(0, 3, 1, 2, 4, 5)
     used = torch.arange(max_pages, device=kv.device) < num_pages[:, None]
     if tables is not None:

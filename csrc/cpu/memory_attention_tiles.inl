@@ -1,0 +1,183 @@
+// SPDX-License-Identifier: Apache-2.0
+// The operands of memory_attention in scratch, written once against vec_*.h: scaled queries of a
+// block, and tiles of keys (dequantised, rotated, transposed) and values (dequantised).
+#pragma once
+
+#include "cpu/memory_attention.h"
+#include LYCHEE_VEC_HEADER
+#include "cpu/vec_tail.h"
+
+namespace lychee {
+namespace {
+
+constexpr float kLog2E = 1.44269504f;
+
+struct Block {
+  int64_t batch, kv_head, split;
+  int64_t group;        // query heads per kv head
+  int64_t first_token;  // of the block
+  int64_t rows;         // tokens * group; row r is token first_token + r / group
+  int64_t dim;          // padded head dimension: the row stride of scratch
+  float *q, *out;       // [rows, dim]; q carries softmax_scale * log2(e)
+  float* keys;          // [head_dim, kTileKeys]
+  float* values;        // [kTileKeys, dim]
+  float* scores;        // [kRowBlock, kTileKeys]
+  float* keep;          // [kTileKeys], 0 where a key is not valid
+  float* maximum;       // [rows]
+  float* sum;           // [rows, kPadLanes], partial sums by lane
+};
+
+// What the row loop needs of the tile at hand.
+struct TileView {
+  const float* values;
+  int64_t value_stride;
+  const float* keep;  // null: every key is valid
+  int64_t count;
+  int64_t first_visible;  // keys visible to token 0; token t sees t * query_stride more
+  int64_t query_stride;
+  int64_t visible(int64_t token) const {
+    const int64_t keys = first_visible + token * query_stride;
+    return keys < 0 ? 0 : keys > count ? count : keys;
+  }
+};
+
+inline Block make_block(const MemoryAttentionParams& p, int64_t item, float* scratch) {
+  Block block;
+  block.split = item % p.num_splits;
+  item /= p.num_splits;
+  block.first_token = item % p.num_blocks * p.block_tokens;
+  item /= p.num_blocks;
+  block.kv_head = item % p.num_kv_heads;
+  block.batch = item / p.num_kv_heads;
+  block.group = p.num_heads / p.num_kv_heads;
+  const int64_t left = p.num_queries - block.first_token;
+  block.rows = (left < p.block_tokens ? left : p.block_tokens) * block.group;
+  block.dim = padded_dim(p.head_dim);
+  block.q = scratch;
+  block.out = block.q + kBlockRows * block.dim;
+  block.keys = block.out + kBlockRows * block.dim;
+  block.values = block.keys + kTileKeys * block.dim;
+  block.scores = block.values + kTileKeys * block.dim;
+  block.keep = block.scores + 8 * kTileKeys;
+  block.sum = block.keep + kTileKeys;
+  block.maximum = block.sum + kBlockRows * kPadLanes;
+  return block;
+}
+
+template <class T>
+inline void load_queries(const MemoryAttentionParams& p, const Block& block) {
+  const Vec scale = broadcast(p.softmax_scale * kLog2E);
+  const T* q = static_cast<const T*>(p.q) + block.batch * p.q_batch_stride;
+  for (int64_t r = 0; r < block.rows; ++r) {
+    const int64_t head = block.kv_head * block.group + r % block.group;
+    const int64_t token = block.first_token + r / block.group;
+    const T* row = q + head * p.q_head_stride + token * p.q_token_stride;
+    for (int64_t d = 0; d < p.head_dim; d += kLanes) {
+      store(block.q + r * block.dim + d, mul(load_first(row + d, p.head_dim - d), scale));
+    }
+    block.maximum[r] = -INFINITY;
+  }
+  memset(block.sum, 0, block.rows * kPadLanes * sizeof(float));
+  memset(block.out, 0, block.rows * block.dim * sizeof(float));
+}
+
+// Transposes kLanes keys x kLanes dimensions, of which `dims` exist, into keys[dim][key].
+inline void store_transposed(Vec (&rows)[kLanes], float* keys, int64_t dims) {
+  transpose(rows);
+  for (int i = 0; i < kLanes; ++i) {
+    if (i < dims) store(keys + i * kTileKeys, rows[i]);
+  }
+}
+
+// keys[d][j] = scale[j] * rotated(k[j])[d]; columns beyond `count` up to a whole vector are zero.
+template <class T>
+void pack_keys(const T* k, int64_t stride, const float* scale, const float* cos, const float* sin,
+               int64_t head_dim, int64_t count, float* keys) {
+  const int64_t half = head_dim / 2;
+  const int64_t span = cos == nullptr ? head_dim : half;
+  Vec a[kLanes], b[kLanes];
+  for (int64_t j0 = 0; j0 < count; j0 += kLanes) {
+    for (int64_t d = 0; d < span; d += kLanes) {
+      const int64_t dims = span - d;
+      for (int i = 0; i < kLanes; ++i) {
+        const int64_t j = j0 + i;
+        a[i] = b[i] = zero();
+        if (j >= count) continue;
+        const Vec factor = broadcast(scale == nullptr ? 1.0f : scale[j]);
+        a[i] = mul(load_first(k + j * stride + d, dims), factor);
+        if (cos == nullptr) continue;
+        const Vec x1 = a[i], x2 = mul(load_first(k + j * stride + half + d, dims), factor);
+        const Vec c = load_first(cos + j * half + d, dims);
+        const Vec s = load_first(sin + j * half + d, dims);
+        a[i] = fms(x1, c, mul(x2, s));
+        b[i] = fma(x2, c, mul(x1, s));
+      }
+      store_transposed(a, keys + d * kTileKeys + j0, dims);
+      if (cos != nullptr) store_transposed(b, keys + (half + d) * kTileKeys + j0, dims);
+    }
+  }
+}
+
+// values[j] = scale[j] * v[j], or zeros where `keep` is 0: a masked row may hold anything.
+template <class T>
+void pack_values(const T* v, int64_t stride, const float* scale, const float* keep,
+                 int64_t head_dim, int64_t count, float* values, int64_t dim) {
+  for (int64_t j = 0; j < count; ++j) {
+    const bool kept = keep == nullptr || keep[j] != 0.0f;
+    const Vec factor = broadcast(scale == nullptr ? 1.0f : scale[j]);
+    for (int64_t d = 0; d < dim; d += kLanes) {
+      const bool inside = kept && d < head_dim;
+      store(values + j * dim + d,
+            inside ? mul(load_first(v + j * stride + d, head_dim - d), factor) : zero());
+    }
+  }
+}
+
+inline TileView load_page_tile(const MemoryAttentionParams& p, const Block& block,
+                               const KeyTile& tile) {
+  const float *scale = nullptr, *cos = nullptr, *sin = nullptr;
+  if (p.kv_scale != nullptr) {
+    scale = p.kv_scale + tile.page * p.scale_page_stride + block.kv_head * p.scale_head_stride +
+            tile.first;
+  }
+  if (p.cos != nullptr) {
+    cos = p.cos + tile.position * (p.head_dim / 2);
+    sin = p.sin + tile.position * (p.head_dim / 2);
+  }
+  dispatch_bank_dtype(p.bank_dtype, [&](auto tag) {
+    using T = decltype(tag);
+    const T* k = static_cast<const T*>(p.kv) + tile.page * p.page_stride +
+                 block.kv_head * p.page_head_stride + tile.first * p.page_token_stride;
+    pack_keys(k, p.page_token_stride, scale, cos, sin, p.head_dim, tile.count, block.keys);
+    pack_values(k + p.page_part_stride, p.page_token_stride,
+                scale == nullptr ? nullptr : scale + p.scale_part_stride, nullptr, p.head_dim,
+                tile.count, block.values, block.dim);
+  });
+  return {block.values, block.dim, nullptr, tile.count, tile.count, 0};
+}
+
+template <class T>
+inline TileView load_segment_tile(const MemoryAttentionParams& p, const Block& block,
+                                  const KeyTile& tile) {
+  const T* k = static_cast<const T*>(p.k) + block.batch * p.k_batch_stride +
+               block.kv_head * p.k_head_stride + tile.first * p.k_token_stride;
+  const T* v = static_cast<const T*>(p.v) + block.batch * p.v_batch_stride +
+               block.kv_head * p.v_head_stride + tile.first * p.v_token_stride;
+  const float* keep = nullptr;
+  if (p.valid != nullptr) {
+    const bool* valid = p.valid + block.batch * p.valid_stride + tile.first;
+    for (int64_t j = 0; j < kTileKeys; ++j) {
+      block.keep[j] = j < tile.count && valid[j] ? 1.0f : 0.0f;
+      if (j < tile.count && !valid[j]) keep = block.keep;
+    }
+  }
+  pack_keys<T>(k, p.k_token_stride, nullptr, nullptr, nullptr, p.head_dim, tile.count, block.keys);
+  pack_values<T>(v, p.v_token_stride, nullptr, keep, p.head_dim, tile.count, block.values,
+                 block.dim);
+  // Query t sees keys up to num_keys - 1 - (num_queries - 1 - t) * query_stride.
+  const int64_t first_visible = p.num_keys - (p.num_queries - 1) * p.query_stride - tile.first;
+  return {block.values, block.dim, keep, tile.count, first_visible, p.query_stride};
+}
+
+}  // namespace
+}  // namespace lychee

@@ -1,0 +1,15 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures of all tests: a fixed seed, and poisoned kernel outputs."""
+
+import os
+
+# Every fresh output of a compiled op is filled with NaN before the kernel runs.
+os.environ["LYCHEE_POISON"] = "1"
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)

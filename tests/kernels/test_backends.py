@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Choice of backend and instruction set, the missing library, and rotation tables."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import lychee_kernels
+from lychee_kernels import rope_tables
+
+ROOT = Path(lychee_kernels.__file__).resolve().parent.parent
+TESTS = Path(__file__).resolve().parent
+OPS = {"compress_pack", "compress_pack_", "write_memory_", "memory_attention"}
+CALL = (
+    "import torch, lychee_kernels as lk; x = torch.ones(1, 1, 1, 8, dtype={dtype}); "
+    "print(lk.memory_attention(x, x, x)[0].sum().item(), lk.backends(), lk.cpu_isa())"
+)
+
+
+def run(*command, **environment):
+    """Runs Python in a fresh process with these variables; returns (exit code, output)."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("LYCHEE_")}
+    result = subprocess.run(
+        [sys.executable, *command], env=clean | environment, capture_output=True, text=True,
+        cwd=ROOT, timeout=300,
+    )  # fmt: skip
+    return result.returncode, result.stdout + result.stderr
+
+
+def test_backends_name_every_op():
+    backends = lychee_kernels.backends()
+    assert {op for op, name in backends.items() if name == "cpp"} == OPS
+    assert {op for op, name in backends.items() if name == "ref"} == {
+        "select_chunks", "gather_chunks",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
+def test_every_instruction_set_passes_the_accuracy_tests(isa):
+    order = ["generic", "avx2", "avx512"]
+    if order.index(isa) > order.index(lychee_kernels.cpu_isa()):
+        pytest.skip(f"this processor has no {isa}")
+    if isa == lychee_kernels.cpu_isa():
+        pytest.skip(f"{isa} is what the other tests use")
+    files = [str(TESTS / f"test_{op}.py") for op in ("memory_attention", "compress_pack")]
+    # cacheprovider off: the two pytest processes would share one cache folder
+    options = ["-q", "-p", "no:cacheprovider", "-k", "reference or rounds or batch or scores"]
+    code, output = run("-m", "pytest", *options, *files, LYCHEE_CPU_ISA=isa)
+    assert code == 0 and " passed" in output, output
+
+
+def test_forced_instruction_set_is_used_and_checked():
+    code, output = run("-c", CALL.format(dtype="torch.float32"), LYCHEE_CPU_ISA="generic")
+    assert code == 0 and "generic" in output
+    code, output = run("-c", CALL.format(dtype="torch.float32"), LYCHEE_CPU_ISA="mmx")
+    assert code != 0
+    assert "cpu_isa: LYCHEE_CPU_ISA: expected generic, avx2 or avx512, got mmx" in output
+
+
+def test_reference_backend_is_used_when_asked_for():
+    # only the reference takes float64
+    code, output = run("-c", CALL.format(dtype="torch.float64"), LYCHEE_BACKEND="ref")
+    assert code == 0 and output.startswith("8.0") and "'cpp'" not in output
+    x = torch.ones(1, 1, 1, 8, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="q: expected dtype float32, bfloat16 or float16"):
+        lychee_kernels.memory_attention(x, x, x)
+
+
+def test_reference_backend_checks_its_arguments():
+    script = """
+import torch, lychee_kernels as lk
+x, i = torch.ones(1, 1, 1, 8), torch.ones(1, 1).int()
+bank = {"kv": x[None, None].expand(1, 1, 1, 2, 1, 8), "page_table": i, "page_len": i}
+for v, options in ((x[:, :, :0], {}), (x, bank | {"num_pages": i[0]})):
+    try:
+        lk.memory_attention(x, x, v, **options)
+    except RuntimeError as error:
+        print(error)
+"""
+    code, output = run("-c", script, LYCHEE_BACKEND="ref")
+    assert code == 0
+    assert "memory_attention: v: expected shape [1, 1, 1, 8], got [1, 1, 0, 8]" in output
+    assert "memory_attention: page_table: expected 0 <= value <= 0, got 1" in output
+
+
+def test_cpp_backend_refuses_an_op_without_kernel():
+    script = (
+        "import torch, lychee_kernels as lk; print(lk.backends()['select_chunks']); "
+        "i = torch.zeros(1, 1).int(); lk.select_chunks(torch.zeros(1, 1), 0., 1, i, i[0], 4)"
+    )
+    code, output = run("-c", script, LYCHEE_BACKEND="cpp")
+    assert code != 0 and output.startswith("none")
+    assert "select_chunks: LYCHEE_BACKEND: expected auto or ref, got cpp" in output
+
+
+def test_unknown_backend_is_refused():
+    code, output = run("-c", "import lychee_kernels", LYCHEE_BACKEND="triton")
+    assert code != 0
+    assert "LYCHEE_BACKEND: expected auto, cpp or ref, got triton" in output
+
+
+def test_missing_library_names_the_build_command(monkeypatch, tmp_path):
+    from lychee_kernels import _loader
+
+    monkeypatch.setattr(_loader, "LIBRARY", tmp_path / "_C_cpu.so")
+    with pytest.raises(ImportError, match="pip install --no-build-isolation -e ."):
+        _loader.load_library()
+    (tmp_path / "_C_cpu.so").write_bytes(b"not a library")
+    with pytest.raises(ImportError, match="rebuild it with"):
+        _loader.load_library()
+
+
+def test_rope_tables_are_exact_at_large_positions():
+    inv_freq = 1e6 ** -(torch.arange(0, 128, 2, dtype=torch.float64) / 128)
+    cos, sin = rope_tables(437_001, inv_freq, scaling=1.25)
+    assert cos.dtype == sin.dtype == torch.float32 and cos.shape == (437_001, 64)
+    angle = 437_000 * inv_freq
+    assert ((cos[-1] - 1.25 * angle.cos()).abs() < 1e-7).all()
+    assert ((sin[-1] - 1.25 * angle.sin()).abs() < 1e-7).all()
+    assert (cos[0] == 1.25).all() and (sin[0] == 0).all()
+
+
+def test_rope_tables_errors():
+    with pytest.raises(RuntimeError, match="rope_tables: inv_freq: expected a one-dimensional"):
+        rope_tables(4, torch.ones(2, 2))
+    with pytest.raises(RuntimeError, match="rope_tables: num_positions: expected >= 0, got -1"):
+        rope_tables(-1, torch.ones(2))
