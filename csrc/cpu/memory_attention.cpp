@@ -129,8 +129,9 @@ Tiles list_tiles(const MemoryAttentionParams& p, int64_t batch, const OptionalTe
 // Blocks of queries; splits of the keys only where one block holds every query.
 void partition(MemoryAttentionParams* p, const Tiles& tiles) {
   const int64_t group = p->num_heads / p->num_kv_heads;
-  p->block_tokens = group < kBlockRows ? kBlockRows / group : 1;
-  p->num_blocks = (p->num_queries + p->block_tokens - 1) / p->block_tokens;
+  p->block_tokens = kBlockRows / group < p->num_queries ? kBlockRows / group : p->num_queries;
+  p->block_rows = p->block_tokens * group;
+  p->num_blocks = p->num_queries == 0 ? 0 : (p->num_queries - 1) / p->block_tokens + 1;
   p->num_splits = 1;
   if (p->num_blocks > 1) return;
   for (size_t b = 0; b + 1 < tiles.begin.size(); ++b) {
@@ -159,10 +160,10 @@ void run_items(MemoryAttentionParams* p, int64_t blocks) {
   FloatBuffer partial(nullptr, &std::free);
   if (p->num_splits > 1) {
     p->partial_stride = padded_dim(p->head_dim) + kPadLanes;
-    partial = allocate_floats(items * kBlockRows * p->partial_stride);
+    partial = allocate_floats(items * p->block_rows * p->partial_stride);
     p->partial = partial.get();
   }
-  const int64_t scratch = (memory_attention_scratch(p->head_dim) + 15) / 16 * 16;
+  const int64_t scratch = (memory_attention_scratch(p->head_dim, p->block_rows) + 15) / 16 * 16;
   FloatBuffer buffers = allocate_floats(workers * scratch);
   std::atomic<int64_t> next{items};
   std::atomic<int64_t> worker{0};

@@ -10,9 +10,9 @@ namespace lychee {
 // Keys per tile. One tile of keys and values (2 * 64 * D floats) fits the first-level cache at
 // D=64.
 constexpr int64_t kTileKeys = 64;
-// Query rows (tokens x heads of one kv head) that share a packed key tile. A multiple of every
-// register block; packing a tile costs about 2% of the products at this size.
-constexpr int64_t kBlockRows = 192;
+// Query rows (tokens x heads of one kv head) that share a packed key tile, at most. A multiple of
+// every register block; packing the tiles then costs 2% of the time at D=64.
+constexpr int64_t kBlockRows = 288;
 // Tiles per split when a block of few queries reads many keys. Fixed, so that results depend on
 // neither the batch nor the number of threads.
 constexpr int64_t kTilesPerSplit = 16;
@@ -53,7 +53,8 @@ struct MemoryAttentionParams {
 
   // Work items are numbered ((batch * num_kv_heads + head) * num_blocks + block) * num_splits + s.
   int64_t block_tokens, num_blocks, num_splits;
-  float* partial;  // [items, kBlockRows, partial_stride]: output, maximum, sum; null for one split
+  int64_t block_rows;  // block_tokens * query heads per kv head
+  float* partial;  // [items, block_rows, partial_stride]: output, maximum, sum; null for one split
   int64_t partial_stride;
 
   void* out;   // [B, num_queries, num_heads, head_dim]
@@ -65,10 +66,10 @@ static inline int64_t padded_dim(int64_t head_dim) {
 }
 
 // Floats of scratch one thread needs: queries, output, key tile, value tile, scores, row state.
-static inline int64_t memory_attention_scratch(int64_t head_dim) {
+static inline int64_t memory_attention_scratch(int64_t head_dim, int64_t block_rows) {
   const int64_t dim = padded_dim(head_dim);
-  return 2 * kBlockRows * dim + 2 * kTileKeys * dim + 8 * kTileKeys + kTileKeys +
-         kBlockRows * (1 + kPadLanes);
+  return 2 * block_rows * dim + 2 * kTileKeys * dim + 8 * kTileKeys + kTileKeys +
+         block_rows * (1 + kPadLanes);
 }
 
 // Computes one work item; scratch is 64-byte aligned.

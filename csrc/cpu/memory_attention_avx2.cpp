@@ -8,8 +8,6 @@
 
 #include <type_traits>
 
-#include <type_traits>
-
 // After the standard headers, so that nothing they define is compiled for this target.
 #pragma GCC target("avx2,fma,f16c")
 

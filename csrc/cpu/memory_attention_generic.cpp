@@ -6,8 +6,6 @@
 
 #include <type_traits>
 
-#include <type_traits>
-
 #define LYCHEE_VEC_HEADER "cpu/vec_generic.h"
 #include "cpu/memory_attention_kernel.inl"
 

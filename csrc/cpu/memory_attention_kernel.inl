@@ -201,7 +201,7 @@ void memory_attention_item(const MemoryAttentionParams& p, int64_t item, float* 
         tile.page < 0 ? load_segment_tile<T>(p, block, tile) : load_page_tile(p, block, tile);
     attend_tile(block, view, p.head_dim);
   }
-  float* partial = p.partial + item * kBlockRows * p.partial_stride;
+  float* partial = p.partial + item * p.block_rows * p.partial_stride;
   for (int64_t r = 0; r < block.rows; ++r) {
     const float* row = block.out + r * block.dim;
     const float total = reduce_add(load(block.sum + r * kPadLanes));
@@ -225,7 +225,7 @@ void merge_block(const MemoryAttentionParams& p, int64_t index) {
   const int64_t batch = index / p.num_blocks / p.num_kv_heads;
   const int64_t left = p.num_queries - first_token;
   const int64_t rows = (left < p.block_tokens ? left : p.block_tokens) * group;
-  const int64_t split_stride = kBlockRows * p.partial_stride;
+  const int64_t split_stride = p.block_rows * p.partial_stride;
   for (int64_t r = 0; r < rows; ++r) {
     // Splits are summed in order into the first one's slot.
     float* row = p.partial + index * p.num_splits * split_stride + r * p.partial_stride;

@@ -54,13 +54,13 @@ inline Block make_block(const MemoryAttentionParams& p, int64_t item, float* scr
   block.rows = (left < p.block_tokens ? left : p.block_tokens) * block.group;
   block.dim = padded_dim(p.head_dim);
   block.q = scratch;
-  block.out = block.q + kBlockRows * block.dim;
-  block.keys = block.out + kBlockRows * block.dim;
+  block.out = block.q + p.block_rows * block.dim;
+  block.keys = block.out + p.block_rows * block.dim;
   block.values = block.keys + kTileKeys * block.dim;
   block.scores = block.values + kTileKeys * block.dim;
   block.keep = block.scores + 8 * kTileKeys;
   block.sum = block.keep + kTileKeys;
-  block.maximum = block.sum + kBlockRows * kPadLanes;
+  block.maximum = block.sum + p.block_rows * kPadLanes;
   return block;
 }
 
@@ -118,19 +118,25 @@ void pack_keys(const T* k, int64_t stride, const float* scale, const float* cos,
   }
 }
 
-// values[j] = scale[j] * v[j], or zeros where `keep` is 0: a masked row may hold anything.
+// Rows scale[j] * v[j] in float, with zeros where `keep` is 0: a masked row may hold anything.
+// Dense float rows of whole vectors that need neither are used where they are.
 template <class T>
-void pack_values(const T* v, int64_t stride, const float* scale, const float* keep,
-                 int64_t head_dim, int64_t count, float* values, int64_t dim) {
+const float* load_values(const T* v, int64_t stride, const float* scale, const float* keep,
+                         int64_t head_dim, int64_t count, const Block& block) {
+  if constexpr (std::is_same_v<T, float>) {
+    const bool dense = stride == head_dim && head_dim == block.dim;
+    if (dense && scale == nullptr && keep == nullptr) return v;
+  }
   for (int64_t j = 0; j < count; ++j) {
     const bool kept = keep == nullptr || keep[j] != 0.0f;
     const Vec factor = broadcast(scale == nullptr ? 1.0f : scale[j]);
-    for (int64_t d = 0; d < dim; d += kLanes) {
+    for (int64_t d = 0; d < block.dim; d += kLanes) {
       const bool inside = kept && d < head_dim;
-      store(values + j * dim + d,
+      store(block.values + j * block.dim + d,
             inside ? mul(load_first(v + j * stride + d, head_dim - d), factor) : zero());
     }
   }
+  return block.values;
 }
 
 inline TileView load_page_tile(const MemoryAttentionParams& p, const Block& block,
@@ -144,16 +150,17 @@ inline TileView load_page_tile(const MemoryAttentionParams& p, const Block& bloc
     cos = p.cos + tile.position * (p.head_dim / 2);
     sin = p.sin + tile.position * (p.head_dim / 2);
   }
+  const float* values = nullptr;
   dispatch_bank_dtype(p.bank_dtype, [&](auto tag) {
     using T = decltype(tag);
     const T* k = static_cast<const T*>(p.kv) + tile.page * p.page_stride +
                  block.kv_head * p.page_head_stride + tile.first * p.page_token_stride;
     pack_keys(k, p.page_token_stride, scale, cos, sin, p.head_dim, tile.count, block.keys);
-    pack_values(k + p.page_part_stride, p.page_token_stride,
-                scale == nullptr ? nullptr : scale + p.scale_part_stride, nullptr, p.head_dim,
-                tile.count, block.values, block.dim);
+    values = load_values(k + p.page_part_stride, p.page_token_stride,
+                         scale == nullptr ? nullptr : scale + p.scale_part_stride, nullptr,
+                         p.head_dim, tile.count, block);
   });
-  return {block.values, block.dim, nullptr, tile.count, tile.count, 0};
+  return {values, block.dim, nullptr, tile.count, tile.count, 0};
 }
 
 template <class T>
@@ -172,11 +179,11 @@ inline TileView load_segment_tile(const MemoryAttentionParams& p, const Block& b
     }
   }
   pack_keys<T>(k, p.k_token_stride, nullptr, nullptr, nullptr, p.head_dim, tile.count, block.keys);
-  pack_values<T>(v, p.v_token_stride, nullptr, keep, p.head_dim, tile.count, block.values,
-                 block.dim);
+  const float* values =
+      load_values<T>(v, p.v_token_stride, nullptr, keep, p.head_dim, tile.count, block);
   // Query t sees keys up to num_keys - 1 - (num_queries - 1 - t) * query_stride.
   const int64_t first_visible = p.num_keys - (p.num_queries - 1) * p.query_stride - tile.first;
-  return {block.values, block.dim, keep, tile.count, first_visible, p.query_stride};
+  return {values, block.dim, keep, tile.count, first_visible, p.query_stride};
 }
 
 }  // namespace
