@@ -10,7 +10,8 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
+# Byte code is made as modules are first imported: most of what torch brings never is.
+INSTALL := $(BIN)/python -m pip -qq --disable-pip-version-check install --no-compile
 READY := $(VENV)/.lychee-ready
 # Pins the torch that was chosen, so that no later dependency solve can replace it.
 CONSTRAINT := $(VENV)/.lychee-torch
@@ -65,7 +66,7 @@ clean:
 $(READY): $(CONSTRAINT) pyproject.toml setup.py $(SOURCES)
 	@echo 'Building the kernels ...'
 	@$(if $(filter-out $(SOURCES),$?), \
-		$(PIP) install --constraint $(CONSTRAINT) --no-build-isolation --editable '.[dev]', \
+		$(INSTALL) --constraint $(CONSTRAINT) --no-build-isolation --editable '.[dev]', \
 		$(BIN)/python setup.py --quiet build_ext --inplace)
 	@touch $@
 
@@ -74,7 +75,7 @@ $(CONSTRAINT): FORCE
 	@if ! head -n 1 $@ 2>/dev/null | grep -qxF "# $$TORCH"; then set -ef; \
 		echo "Preparing $(VENV) with torch ($$TORCH) ..."; \
 		test -x $(BIN)/pip || { $(PYTHON) -c "$$CHECK_PYTHON"; $(PYTHON) -m venv $(VENV_FLAGS) $(VENV); }; \
-		if [ "$$TORCH" != installed ]; then $(PIP) install $$TORCH; fi; \
-		$(PIP) install 'setuptools>=77' wheel ninja; \
+		if [ "$$TORCH" != installed ]; then $(INSTALL) $$TORCH; fi; \
+		$(INSTALL) 'setuptools>=77' wheel ninja; \
 		$(BIN)/python -c "$$PRINT_TORCH" > $@; \
 	fi
