@@ -84,36 +84,51 @@ inline void load_queries(const MemoryAttentionParams& p, const Block& block) {
 // Transposes kLanes keys x kLanes dimensions, of which `dims` exist, into keys[dim][key].
 inline void store_transposed(Vec (&rows)[kLanes], float* keys, int64_t dims) {
   transpose(rows);
+#pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) {
     if (i < dims) store(keys + i * kTileKeys, rows[i]);
   }
 }
 
+// One block of pack_keys: kLanes keys, of which `rows` exist, and kLanes dimensions, of which
+// `dims` exist; with kRotate also their partners half a head away.
+template <bool kRotate, bool kWhole, class T>
+inline void pack_key_block(const T* k, int64_t stride, const float* scale, const float* cos,
+                           const float* sin, int64_t half, int64_t rows, int64_t dims,
+                           float* keys) {
+  const auto read = [&](const auto* p) { return kWhole ? load(p) : load_first(p, dims); };
+  Vec a[kLanes], b[kLanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    a[i] = b[i] = zero();
+    if (!kWhole && i >= rows) continue;
+    const Vec factor = broadcast(scale == nullptr ? 1.0f : scale[i]);
+    const Vec x1 = mul(read(k + i * stride), factor);
+    a[i] = x1;
+    if constexpr (kRotate) {
+      const Vec x2 = mul(read(k + i * stride + half), factor);
+      const Vec c = read(cos + i * half), s = read(sin + i * half);
+      a[i] = fms(x1, c, mul(x2, s));
+      b[i] = fma(x2, c, mul(x1, s));
+    }
+  }
+  store_transposed(a, keys, dims);
+  if constexpr (kRotate) store_transposed(b, keys + half * kTileKeys, dims);
+}
+
 // keys[d][j] = scale[j] * rotated(k[j])[d]; columns beyond `count` up to a whole vector are zero.
-template <class T>
+template <bool kRotate, class T>
 void pack_keys(const T* k, int64_t stride, const float* scale, const float* cos, const float* sin,
                int64_t head_dim, int64_t count, float* keys) {
-  const int64_t half = head_dim / 2;
-  const int64_t span = cos == nullptr ? head_dim : half;
-  Vec a[kLanes], b[kLanes];
-  for (int64_t j0 = 0; j0 < count; j0 += kLanes) {
+  const int64_t half = head_dim / 2, span = kRotate ? half : head_dim;
+  for (int64_t j = 0; j < count; j += kLanes) {
     for (int64_t d = 0; d < span; d += kLanes) {
-      const int64_t dims = span - d;
-      for (int i = 0; i < kLanes; ++i) {
-        const int64_t j = j0 + i;
-        a[i] = b[i] = zero();
-        if (j >= count) continue;
-        const Vec factor = broadcast(scale == nullptr ? 1.0f : scale[j]);
-        a[i] = mul(load_first(k + j * stride + d, dims), factor);
-        if (cos == nullptr) continue;
-        const Vec x1 = a[i], x2 = mul(load_first(k + j * stride + half + d, dims), factor);
-        const Vec c = load_first(cos + j * half + d, dims);
-        const Vec s = load_first(sin + j * half + d, dims);
-        a[i] = fms(x1, c, mul(x2, s));
-        b[i] = fma(x2, c, mul(x1, s));
-      }
-      store_transposed(a, keys + d * kTileKeys + j0, dims);
-      if (cos != nullptr) store_transposed(b, keys + (half + d) * kTileKeys + j0, dims);
+      const bool whole = count - j >= kLanes && span - d >= kLanes;
+      const auto pack =
+          whole ? pack_key_block<kRotate, true, T> : pack_key_block<kRotate, false, T>;
+      pack(k + j * stride + d, stride, scale == nullptr ? nullptr : scale + j,
+           kRotate ? cos + j * half + d : nullptr, kRotate ? sin + j * half + d : nullptr, half,
+           count - j, span - d, keys + d * kTileKeys + j);
     }
   }
 }
@@ -155,7 +170,8 @@ inline TileView load_page_tile(const MemoryAttentionParams& p, const Block& bloc
     using T = decltype(tag);
     const T* k = static_cast<const T*>(p.kv) + tile.page * p.page_stride +
                  block.kv_head * p.page_head_stride + tile.first * p.page_token_stride;
-    pack_keys(k, p.page_token_stride, scale, cos, sin, p.head_dim, tile.count, block.keys);
+    const auto pack = cos == nullptr ? pack_keys<false, T> : pack_keys<true, T>;
+    pack(k, p.page_token_stride, scale, cos, sin, p.head_dim, tile.count, block.keys);
     values = load_values(k + p.page_part_stride, p.page_token_stride,
                          scale == nullptr ? nullptr : scale + p.scale_part_stride, nullptr,
                          p.head_dim, tile.count, block);
@@ -178,7 +194,8 @@ inline TileView load_segment_tile(const MemoryAttentionParams& p, const Block& b
       if (j < tile.count && !valid[j]) keep = block.keep;
     }
   }
-  pack_keys<T>(k, p.k_token_stride, nullptr, nullptr, nullptr, p.head_dim, tile.count, block.keys);
+  pack_keys<false>(k, p.k_token_stride, nullptr, nullptr, nullptr, p.head_dim, tile.count,
+                   block.keys);
   const float* values =
       load_values<T>(v, p.v_token_stride, nullptr, keep, p.head_dim, tile.count, block);
   // Query t sees keys up to num_keys - 1 - (num_queries - 1 - t) * query_stride.
