@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Validated configuration: the decoder's shape and the memory's geometry, read from a config.json."""
+"""Validated configuration, from a config.json: the decoder's shape, the memory's geometry."""
 
 from __future__ import annotations
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,10 +15,10 @@ from lychee.bank import Chunk, Document, MemoryBank
 from lychee.chunking import cut_chunks
 from lychee.compressor import Compressor
 from lychee.config import MemoryConfig, ModelConfig
+from lychee.documents import read_documents
 from lychee.errors import CheckpointError, InputError, MemoryConfigError
 from lychee.generate import GREEDY, Sampling
-from lychee.prompts import DEFAULTS, PromptTemplate
-from lychee.reasoner import ReadingPrompts, Reasoner
+from lychee.reasoner import Reasoner
 from lychee.tokenizer import TextTokenizer
 from lychee.trace import Answer, Source, Step, Usage
 from lychee.weights import load_decoder, read_config, save_decoder
@@ -42,7 +41,8 @@ class LycheeMemory:
         self.raw_config = raw_config
         self.trained = True
         self.compressor = Compressor(decoder)
-        self.reasoner = Reasoner(decoder, reading_prompts(tokenizer, decoder.config, memory), memory)
+        prompts = ReadingPrompts.of_checkpoint(tokenizer, decoder.config, memory)
+        self.reasoner = Reasoner(decoder, prompts, memory)
 
     @classmethod
     def from_pretrained(
@@ -278,54 +278,6 @@ class LycheeMemory:
 
 def source_of(bank: MemoryBank, step: Step) -> Source:
     return Source(step.document, step.start, step.stop, bank.text(step.chunk))
-
-
-def reading_prompts(
-    tokenizer: TextTokenizer, config: ModelConfig, memory: MemoryConfig
-) -> ReadingPrompts:
-    """The checkpoint's own prompts, or the defaults in the tokenizer's chat template."""
-    texts = dict(DEFAULTS)
-    if not memory.templates:
-        for name in ("update", "answer"):
-            texts[name] = tokenizer.chat(texts[name])
-    texts |= memory.templates
-    return ReadingPrompts(
-        PromptTemplate.from_text(texts["update"], tokenizer.encode),
-        PromptTemplate.from_text(texts["answer"], tokenizer.encode),
-        tokenizer.encode(texts["no_memory"]),
-        frozenset(config.eos_token_ids),
-    )
-
-
-def read_documents(source: str | Path | Sequence[Path]) -> list[Document]:
-    """Documents of a text, a path or several paths; each must be non-empty UTF-8 text."""
-    if isinstance(source, str):
-        documents = [Document("text", source)]
-    else:
-        paths = [source] if isinstance(source, Path) else list(source)
-        documents = [read_file(path) for path in paths]
-    if not documents:
-        raise InputError("documents: expected at least one, got none")
-    for document in documents:
-        if not document.text.strip():
-            raise InputError(f"{document.name}: expected text, got an empty document")
-    return documents
-
-
-def read_file(path: Path) -> Document:
-    """One UTF-8 text file; "-" is standard input."""
-    try:
-        data = sys.stdin.buffer.read() if str(path) == "-" else Path(path).read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: expected a text file, got: {error.strerror}") from error
-    if b"\0" in data:
-        raise InputError(f"{path}: expected a text file, got binary data")
-    try:
-        return Document(str(path), data.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path}: expected UTF-8 text, got byte {data[error.start]:#04x} at {error.start}"
-        ) from error
 
 
 def pick_device(device: str | torch.device) -> torch.device:

@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 import torch
 
 from lychee.bank import MemoryBank
-from lychee.config import MemoryConfig
+from lychee.config import MemoryConfig, ModelConfig
 from lychee.decoder import Decoder, Pages
 from lychee.generate import GREEDY, PromptBatch, Sampling, generate
-from lychee.prompts import PromptTemplate
+from lychee.prompts import DEFAULTS, PromptTemplate
+from lychee.tokenizer import TextTokenizer
 
 # Chunks checked in one pass, over all questions; more gains little and costs memory.
 MAX_ROWS = 32
@@ -34,6 +35,23 @@ class ReadingPrompts:
     answer: PromptTemplate
     no_memory: list[int]
     stop: frozenset[int]
+
+    @classmethod
+    def of_checkpoint(
+        cls, tokenizer: TextTokenizer, config: ModelConfig, memory: MemoryConfig
+    ) -> ReadingPrompts:
+        """The checkpoint's own prompts, or the defaults in the tokenizer's chat template."""
+        texts = dict(DEFAULTS)
+        if not memory.templates:
+            for name in ("update", "answer"):
+                texts[name] = tokenizer.chat(texts[name])
+        texts |= memory.templates
+        return cls(
+            PromptTemplate.from_text(texts["update"], tokenizer.encode),
+            PromptTemplate.from_text(texts["answer"], tokenizer.encode),
+            tokenizer.encode(texts["no_memory"]),
+            frozenset(config.eos_token_ids),
+        )
 
 
 @dataclass
@@ -111,7 +129,7 @@ class Reasoner:
         ]
         rows, places, targets = [], [], []
         width = max(len(prompt) + len(old) for prompt, old in zip(prompts, notes, strict=True))
-        for row, (prompt, old) in enumerate(zip(prompts, notes, strict=True)):
+        for row, old in enumerate(notes):
             # The turn ends by a stop token (-1 here), or by reaching the notes' limit.
             draft = [*old, -1][: self.memory.size]
             first = width - len(old) - 1
@@ -168,7 +186,7 @@ class Reasoner:
     def _skip_unchanged(
         self, bank: MemoryBank, readings: list[Reading], active: list[int], report: OnRead
     ) -> list[int]:
-        """Pass chunks that leave the notes as they are; return questions whose next one does not."""
+        """Pass chunks that leave the notes alone; return questions whose next one does not."""
         share = max(1, MAX_ROWS // len(active))
         blocks = {}
         for index in active:

@@ -3,16 +3,19 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from lychee.errors import CheckpointError
 
 END = "<|end|>"
+# Books hold few numbers; this many of each group make a token of it for certain.
+NUMBER_REPEATS = 2000
 SPECIAL_TOKENS = (END, "<|pad|>", "<|question|>", "<|memory|>", "<|update|>", "<|answer|>")
 
 
@@ -35,11 +38,15 @@ class TextTokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> TextTokenizer:
-        """Byte-level BPE with every digit a token of its own, so that numbers copy digit by digit."""
+        """Byte-level BPE with numbers in groups of three digits, each group one token.
+
+        Few tokens per number, each almost unique in a text, make numbers as easy to find and to
+        copy as words. The first group takes the space before it along, as words do.
+        """
         backend = Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.Sequence(
             [
-                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.Split(Regex(r" ?\d{1,3}"), behavior="isolated"),
                 pre_tokenizers.ByteLevel(add_prefix_space=False),
             ]
         )
@@ -50,7 +57,9 @@ class TextTokenizer:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        backend.train_from_iterator(texts, trainer)
+        numbers = [f"{number:03d}" for number in range(1000)]
+        numbers = [f" {number}{number}" for number in [*numbers, *range(100)]] * NUMBER_REPEATS
+        backend.train_from_iterator(itertools.chain(texts, numbers), trainer)
         return cls(backend)
 
     def save(self, folder: Path) -> None:
@@ -76,7 +85,7 @@ class TextTokenizer:
 
     @cached_property
     def sentence_ends(self) -> frozenset[int]:
-        """Ids of tokens after which a text may be cut: a full stop and the like, or a blank line."""
+        """Tokens after which a text may be cut: a full stop and the like, or a blank line."""
         ends = set()
         for token_id in range(self.backend.get_vocab_size()):
             text = self.backend.decode([token_id])

@@ -56,6 +56,7 @@ QUESTIONS = (
     "Which {attribute} does {key} have?",
     "Tell me the {attribute} of {key}.",
 )
+SINGLE_WORDING = 2
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,8 @@ def word_list(texts: Iterable[str], *, held_out: bool, minimum_count: int = 3) -
 class NeedleMaker:
     """Draws needles from a word list; the same seed gives the same needles.
 
-    `single` makes keys and values of one word or two digits, to start training with.
+    `single` makes keys and values of one word or three digits, all in one wording, to start
+    training with.
     """
 
     def __init__(self, words: list[str], seed: int | random.Random = 0, *, single: bool = False):
@@ -104,12 +106,9 @@ class NeedleMaker:
     def value(self, kind: str) -> str:
         """Seven digits without a leading zero, or one or two words."""
         if kind == "number":
-            return str(self.random.randrange(10 if self.single else 1_000_000, self.limit))
+            low = 100 if self.single else 1_000_000
+            return str(self.random.randrange(low, 10 * low))
         return self.key()
-
-    @property
-    def limit(self) -> int:
-        return 100 if self.single else 10_000_000
 
     def make(
         self,
@@ -123,6 +122,8 @@ class NeedleMaker:
         draw = self.random
         if kind is None:
             kind = draw.choice(KINDS)
+        if self.single:
+            wording = SINGLE_WORDING
         if wording == 0 and attribute is None:
             attribute = ATTRIBUTES[kind][0]
         fields = {
@@ -130,6 +131,8 @@ class NeedleMaker:
             "key": key or self.key(),
             "value": self.value(kind),
         }
+        while fields["value"] in fields["key"]:
+            fields["value"] = self.value(kind)
         statement = draw.choice(STATEMENTS) if wording is None else STATEMENTS[wording]
         question = draw.choice(QUESTIONS) if wording is None else QUESTIONS[wording]
         return Needle(
@@ -138,7 +141,7 @@ class NeedleMaker:
 
     def reword(self, needle: Needle) -> str:
         """Any of the questions that ask for `needle`."""
-        question = self.random.choice(QUESTIONS)
+        question = QUESTIONS[SINGLE_WORDING] if self.single else self.random.choice(QUESTIONS)
         return question.format(attribute=needle.attribute, key=needle.key)
 
     def unrelated(self, needles: list[Needle]) -> Needle:
@@ -149,7 +152,7 @@ class NeedleMaker:
             needle = self.make()
             if needles and draw.random() < 0.5:
                 near = draw.choice(needles)
-                if draw.random() < 0.4:
+                if draw.random() < 0.2:
                     needle = self.make(key=near.key)
                 elif "-" in near.key:
                     halves = near.key.split("-")
@@ -157,3 +160,20 @@ class NeedleMaker:
                     needle = self.make(near.kind, attribute=near.attribute, key="-".join(halves))
             if (needle.attribute, needle.key) not in stated:
                 return needle
+
+
+def hide_needles(
+    text: str, needles: list[Needle], draw: random.Random
+) -> tuple[str, list[tuple[Needle, int]]]:
+    """`text` with every needle's statement behind a random sentence, and each one's character."""
+    ends = [match.end() for match in re.finditer(r"[.!?][\"')”’]*(?=\s)", text)] or [len(text)]
+    places = sorted(draw.choice(ends) for _ in needles)
+    order = draw.sample(needles, len(needles))
+    out, hidden, last, length = [], [], 0, 0
+    for place, needle in zip(places, order, strict=True):
+        out += [text[last:place], " ", needle.statement]
+        length += place - last + 1
+        hidden.append((needle, length))
+        length += len(needle.statement)
+        last = place
+    return "".join([*out, text[last:]]), hidden

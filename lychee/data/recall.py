@@ -19,6 +19,8 @@ from lychee.tokenizer import TextTokenizer
 
 CASES = ("found", "absent", "kept", "replaced")
 IGNORED = -100
+# Share of questions about needles that the chunk holds: at the start, and then.
+FOUND_SHARE = {True: 0.8, False: 0.55}
 
 
 @dataclass(frozen=True)
@@ -80,13 +82,13 @@ class RecallSampler:
         chunk: int,
         questions: int,
         facts: tuple[int, int],
-        single: bool = False,
+        single: float = 0.0,
     ) -> RecallBatch:
         """`size` chunks of `chunk` tokens with facts[0] to facts[1] needles, `questions` each.
 
-        `single`: one-token words and two-digit numbers only.
+        `single`: share of batches with one-token words and three-digit numbers only.
         """
-        self.maker = self.makers[single]
+        self.maker = self.makers[self.random.random() < single]
         chunks, turns, final = [], [], []
         for _ in range(size):
             count = self.random.randint(*facts)
@@ -122,33 +124,36 @@ class RecallSampler:
 
     def update_turn(self, needles: list[Needle]) -> Turn:
         """A question about a chunk that holds `needles`, at some state of the notes."""
-        draw = self.random.random()
-        has_notes = self.random.random() < 0.3
-        notes = self.encode_value(self.maker.make().value) if has_notes else None
-        if needles and draw < 0.55:
-            asked = self.random.choice(needles)
-            # Two needles of a chunk may draw the same key and attribute; the later one counts.
-            same = [n for n in needles if (n.key, n.attribute) == (asked.key, asked.attribute)]
-            target = self.encode_value(same[-1].value)
-            case = "replaced" if has_notes else "found"
-        else:
-            asked = self.maker.unrelated(needles)
-            target = notes or self.templates.no_memory
-            case = "kept" if has_notes else "absent"
+        state = self.random.choices(("initial", "unknown", "known"), (2, 5, 3))[0]
+        noted = self.maker.make().value if state == "known" else None
+        found = bool(needles) and self.random.random() < FOUND_SHARE[self.maker.single]
+        asked = self.random.choice(needles) if found else self.maker.unrelated(needles)
+        # Two needles of a chunk may share key and attribute; the later one counts.
+        told = [n.value for n in needles if (n.key, n.attribute) == (asked.key, asked.attribute)]
+        notes = self.templates.no_memory
+        if state != "initial":
+            notes = self.encode_notes(asked.key, noted)
+        target = self.encode_notes(asked.key, told[-1] if found else noted)
         question = self.tokenizer.encode(self.maker.reword(asked))
-        prompt = self.templates.update.render(question, notes or self.templates.no_memory)
+        case = ("replaced" if noted else "found") if found else ("kept" if noted else "absent")
+        prompt = self.templates.update.render(question, notes)
         return Turn(prompt, [*target, self.templates.end], case)
 
     def final_turn(self) -> Turn:
         """The answer from the notes: the value noted, or that nothing was found."""
         asked = self.maker.make()
-        found = self.random.random() < 0.8
-        notes = self.encode_value(asked.value) if found else self.templates.no_memory
-        prompt = self.templates.answer.render(self.tokenizer.encode(asked.question), notes)
-        return Turn(prompt, [*notes, self.templates.end], "final")
+        value = asked.value if self.random.random() < 0.8 else None
+        question = self.tokenizer.encode(asked.question)
+        prompt = self.templates.answer.render(question, self.encode_notes(asked.key, value))
+        return Turn(prompt, [*self.encode_value(value), self.templates.end], "final")
 
-    def encode_value(self, value: str) -> list[int]:
-        return self.tokenizer.encode(" " + value)
+    def encode_notes(self, key: str, value: str | None) -> list[int]:
+        """Notes name the key right before the value, so that the value is looked up at the key's
+        own last token, where the query already is what must be found."""
+        return [*self.tokenizer.encode(" " + key), *self.encode_value(value)]
+
+    def encode_value(self, value: str | None) -> list[int]:
+        return self.templates.no_memory if value is None else self.tokenizer.encode(" " + value)
 
 
 def pad_turns(turns: list[Turn]) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training state on disk: written to a temporary name and renamed, so a kill leaves a whole file."""
+"""Training state on disk; a kill at any moment leaves a whole file."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from lychee.decoder import Decoder
 MIMETIC = 0.8
 OFFSET_LAYERS = 2
 # Squared norm that the biases give to a matching pair of frequencies: how sharp offset heads start.
-OFFSET_STRENGTH = 16.0
+OFFSET_STRENGTH = 24.0
 
 
 @torch.no_grad()

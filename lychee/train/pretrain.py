@@ -22,8 +22,8 @@ from lychee.compressor import Compressor, MemoryTensors, TensorSink
 from lychee.config import MemoryConfig, ModelConfig
 from lychee.data.needles import word_list
 from lychee.data.recall import IGNORED, RecallBatch, RecallSampler, Templates
-from lychee.decoder import Decoder
 from lychee.errors import InputError
+from lychee.memory_model import LycheeMemory
 from lychee.prompts import PromptTemplate
 from lychee.tokenizer import END, TextTokenizer
 from lychee.train.checkpoint import load_state, save_state
@@ -42,7 +42,7 @@ class Stage:
     questions: int
     facts: tuple[int, int]
     ratios: tuple[int, ...] = (4,)
-    single: bool = False
+    single: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -181,6 +181,12 @@ class Pretraining:
                 if self.step % self.recipe.save_every == 0:
                     self.save()
         self.save()
+        self.export()
+
+    def export(self) -> None:
+        """Write the model folder, in half precision to keep it small."""
+        model = LycheeMemory(self.decoder.eval(), self.tokenizer, self.raw_config, self.memory)
+        model.save_pretrained(self.folder / "model", torch.float16)
 
     def report(self, log, totals: dict[str, list[float]]) -> None:
         left = (self.recipe.total_steps - self.step) * self.seconds / self.step
@@ -239,9 +245,7 @@ class Pretraining:
         )
         logits = self.decoder.logits(hidden)
         targets = labels[rows, columns]
-        wrong = torch.zeros(len(inputs)).index_add_(
-            0, rows, (logits.argmax(-1) != targets).float()
-        )
+        wrong = torch.zeros(len(inputs)).index_add_(0, rows, (logits.argmax(-1) != targets).float())
         return F.cross_entropy(logits, targets), wrong == 0
 
 
@@ -254,5 +258,3 @@ def pretrain(recipe_path: Path, books: Path, folder: Path, *, resume: bool = Fal
             raise InputError(f"{folder}: expected a new folder, got a run at a later step")
         run.resume()
     run.run()
-
-

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compression speed against the released code's route: equal shape, threads and results."""
+
+import statistics
+import time
+
+import pytest
+import released_route
+import torch
+
+from lychee.bank import Chunk, MemoryBank
+from lychee.compressor import Compressor
+from lychee.config import MemoryConfig, ModelConfig
+from lychee.decoder import Decoder
+
+# 42.5M parameters, as in the measurements of the released code.
+SHAPE = {
+    "model_type": "qwen2",
+    "vocab_size": 16384,
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+}
+CHUNK, WINDOW, RATIO = 4096, 2048, 4
+ROUNDS = 5
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    torch.manual_seed(0)
+    decoder = Decoder(ModelConfig.from_dict(SHAPE), ("q", "k", "v")).eval()
+    for parameter in decoder.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.02)
+    return decoder
+
+
+@pytest.fixture(params=[1, 2], ids=lambda threads: f"{threads}-threads")
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@torch.inference_mode()
+def compress(decoder, ids):
+    memory = MemoryConfig(window=WINDOW, chunk=CHUNK, ratio=RATIO, param=("q", "k", "v"))
+    bank = MemoryBank(decoder.config, memory, device=torch.device("cpu"), dtype=torch.float32)
+    pages = bank.allocate(CHUNK)
+    bank.chunks.append(Chunk(0, 0, 0, CHUNK, memory.slots, pages))
+    Compressor(decoder).run(ids[None], bank.sink([pages]), ratio=RATIO, window=WINDOW)
+    return bank
+
+
+def measure_fma_peak() -> float:
+    """GFLOP/s of a matrix product that stays in cache, as the machine's yardstick of the moment."""
+    a, b = torch.randn(512, 512), torch.randn(512, 768)
+    best = min(timed(lambda: a @ b) for _ in range(30))
+    return 2 * 512 * 512 * 768 / best / 1e9
+
+
+def timed(work) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def test_compression_against_released_route(benchmark, decoder, threads):
+    ids = torch.randint(0, SHAPE["vocab_size"], (CHUNK,))
+    bank = compress(decoder, ids)
+    theirs = released_route.compress(decoder, ids, RATIO, WINDOW)
+    for layer, recorded in enumerate(theirs):
+        ours = bank.kv[:, layer].permute(2, 1, 0, 3, 4).flatten(2, 3)
+        torch.testing.assert_close(ours, recorded, atol=5e-4, rtol=0)
+
+    peer = []
+
+    def both():
+        peer.append(timed(lambda: released_route.compress(decoder, ids, RATIO, WINDOW)))
+
+    benchmark.pedantic(
+        compress, args=(decoder, ids), setup=both, rounds=ROUNDS, warmup_rounds=1, iterations=1
+    )
+    ours = benchmark.stats.stats.median
+    theirs = statistics.median(peer[1:])
+    benchmark.extra_info |= {
+        "threads": threads,
+        "tokens_per_second": CHUNK / ours,
+        "released_route_tokens_per_second": CHUNK / theirs,
+        "ratio": {"released_route": theirs / ours},
+        "sgemm_gflops": measure_fma_peak(),
+    }
+    print(f"\n{threads} threads: {CHUNK / ours:.0f} tokens/s, released route {CHUNK / theirs:.0f}")
+    assert theirs / ours > 1

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LycheeMemory from text to answer: chunks, banks, sources, streaming and bad input."""
+
+import pytest
+import torch
+
+from lychee import Answer, LycheeMemory, Step
+from lychee.bank import PAGE_TOKENS
+from lychee.chunking import cut_chunks
+from lychee.errors import InputError, LycheeError, MemoryConfigError
+
+
+def test_cut_chunks_covers_everything_in_order():
+    ids = list(range(103))
+    for ends in (None, {7, 23, 30, 58, 59}):
+        spans = cut_chunks(ids, 16, ends)
+        assert [token for start, stop in spans for token in ids[start:stop]] == ids
+        assert all(0 < stop - start <= 16 for start, stop in spans)
+
+
+def test_cut_chunks_ends_at_sentences():
+    ids = [1, 1, 1, 1, 1, 1, 9, 1, 1, 1]
+    assert cut_chunks(ids, 8, {9}) == [(0, 7), (7, 10)]
+    # A sentence that ends before the last quarter of a chunk does not shorten it.
+    assert cut_chunks([1, 9] + [1] * 8, 8, {9}) == [(0, 8), (8, 10)]
+
+
+def test_chunks_hold_their_text(tiny_model, prose):
+    text = prose(300)
+    bank = tiny_model.remember(text)
+    assert "".join(bank.text(index) for index in range(len(bank))) == text
+    assert bank.tokens == len(tiny_model.tokenizer.encode(text))
+    assert all(chunk.memory_tokens == -(-chunk.tokens // 4) for chunk in bank.chunks)
+
+
+def test_a_chunk_does_not_depend_on_its_neighbours(tiny_model, prose):
+    """Batching and padding change nothing: the same chunk alone has the same memory."""
+    bank = tiny_model.remember(prose(500))
+    assert len({chunk.tokens for chunk in bank.chunks}) > 1
+    for index in (0, 3, len(bank) - 1):
+        alone = tiny_model.remember(bank.text(index))
+        assert len(alone) == 1
+        used = alone.chunks[0].memory_tokens
+        assert used == bank.chunks[index].memory_tokens <= PAGE_TOKENS
+        both = bank.kv[bank.chunks[index].pages[0]], alone.kv[0]
+        mine, other = (page[:, :, :, :used] for page in both)
+        torch.testing.assert_close(mine, other, atol=2e-5, rtol=0)
+        assert not alone.kv[0][:, :, :, used:].any()
+
+
+@pytest.mark.parametrize("ratio", [2, 8, 16])
+def test_other_ratios(tiny_model, tiny_memory, prose, ratio, tmp_path):
+    tiny_model.save_pretrained(tmp_path)
+    model = LycheeMemory.from_pretrained(tmp_path, ratio=ratio)
+    bank = model.remember(prose(100))
+    assert bank.memory_tokens == sum(-(-chunk.tokens // ratio) for chunk in bank.chunks)
+    assert isinstance(model.ask(bank, "what ran high").text, str)
+
+
+def test_save_and_load_gives_the_same_answer(tiny_model, prose, tmp_path):
+    tiny_model.save_pretrained(tmp_path / "model")
+    again = LycheeMemory.from_pretrained(tmp_path / "model")
+    assert again.trained and again.memory == tiny_model.memory
+    text = prose(200)
+    first = tiny_model.ask(tiny_model.remember(text), "who came again")
+    second = again.ask(again.remember(text), "who came again")
+    assert [step.memory for step in first.trace] == [step.memory for step in second.trace]
+    assert first.text == second.text
+
+
+def test_answer_names_its_sources(tiny_model, prose):
+    text = prose(300)
+    answer = tiny_model.ask(tiny_model.remember(text), "who came again")
+    changed = [step for step in answer.trace if step.changed]
+    assert [(s.start, s.stop) for s in answer.sources] == [(s.start, s.stop) for s in changed]
+    assert all(source.quote == text[source.start : source.stop] for source in answer.sources)
+    assert answer.usage.chunks_read == len(answer.trace)
+    assert answer.to_dict()["usage"]["text_tokens"] == answer.usage.text_tokens
+
+
+def test_stream_ends_with_what_ask_returns(tiny_model, prose):
+    bank = tiny_model.remember(prose(200))
+    events = list(tiny_model.stream(bank, "who came again"))
+    answer = tiny_model.ask(bank, "who came again")
+    assert isinstance(events[-1], Answer) and events[-1].text == answer.text
+    assert [event for event in events if isinstance(event, Step)] == answer.trace
+    assert "".join(event for event in events if isinstance(event, str)).strip() == answer.text
+
+
+def test_stream_raises_in_the_reader(tiny_model, prose):
+    with pytest.raises(InputError, match="question: expected text"):
+        next(tiny_model.stream(tiny_model.remember(prose(20)), " "))
+
+
+def test_several_files(tiny_model, prose, tmp_path):
+    paths = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    for seed, path in enumerate(paths):
+        path.write_text(prose(80, seed=seed))
+    bank = tiny_model.remember(paths)
+    assert [document.name for document in bank.documents] == [str(path) for path in paths]
+    assert {chunk.document for chunk in bank.chunks} == {0, 1}
+
+
+def test_progress_reaches_the_total(tiny_model, prose):
+    seen = []
+    bank = tiny_model.remember(prose(300), progress=lambda done, total: seen.append((done, total)))
+    assert seen[0] == (0, bank.tokens) and seen[-1] == (bank.tokens, bank.tokens)
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "expected a text file, got: No such file"),
+        (b"", "expected text, got an empty document"),
+        (b" \n\t", "expected text, got an empty document"),
+        (b"abc\0def", "got binary data"),
+        (b"caf\xe9", "expected UTF-8 text, got byte 0xe9 at 3"),
+    ],
+)
+def test_bad_files(tiny_model, tmp_path, content, message):
+    path = tmp_path / "book.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match="book.txt") as error:
+        tiny_model.remember(path)
+    assert message in str(error.value)
+
+
+def test_bad_questions(tiny_model, prose):
+    bank = tiny_model.remember(prose(50))
+    with pytest.raises(InputError, match="question: expected text, got nothing"):
+        tiny_model.ask(bank, "  ")
+    with pytest.raises(InputError, match="question: expected at most 40 tokens, got"):
+        tiny_model.ask(bank, prose(200))
+
+
+def test_a_bank_of_other_geometry_is_refused(tiny_model, prose, tmp_path):
+    tiny_model.save_pretrained(tmp_path)
+    bank = LycheeMemory.from_pretrained(tmp_path, ratio=2).remember(prose(50))
+    with pytest.raises(MemoryConfigError, match="bank: expected"):
+        tiny_model.ask(bank, "who")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ratio": 3}, "ratio: expected a divisor of the window of 16 tokens, got 3"),
+        ({"chunk": 24}, "chunk: expected a multiple of the window of 16 tokens, got 24"),
+        ({"dtype": "int8"}, "dtype: expected one of float32"),
+    ],
+)
+def test_bad_options(tiny_model, tmp_path, options, message):
+    tiny_model.save_pretrained(tmp_path)
+    with pytest.raises(LycheeError, match=message):
+        LycheeMemory.from_pretrained(tmp_path, **options)

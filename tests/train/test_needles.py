@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Needles and training samples: reproducible, answerable, and held-out words held out."""
+
+import random
+
+import pytest
+
+from lychee.data.needles import KINDS, NeedleMaker, hide_needles, word_list
+from lychee.data.recall import IGNORED, RecallSampler
+from lychee.tokenizer import TextTokenizer
+from lychee.train.pretrain import make_templates
+
+WORDS = [f"{first}{second}ing" for first in "bdfglmprst" for second in ("ar", "el", "on", "uck")]
+TEXT = "It was a long day. Nobody came! Who would have thought so? The end came late. " * 40
+
+
+def test_word_lists_are_disjoint_and_cover():
+    text = " ".join(WORDS * 3)
+    kept, held = word_list([text], held_out=False), word_list([text], held_out=True)
+    assert not set(kept) & set(held)
+    assert sorted(kept + held) == sorted(WORDS)
+    assert 0 < len(held) < len(kept)
+
+
+def test_word_list_takes_plain_common_words():
+    assert word_list(["Paris don't well-known abc tree tree tree rare"], held_out=False) == ["tree"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_statement_and_question_fit(kind):
+    maker = NeedleMaker(WORDS, 3)
+    for _ in range(50):
+        needle = maker.make(kind)
+        assert needle.key in needle.statement and needle.key in needle.question
+        assert needle.attribute in needle.statement and needle.attribute in needle.question
+        assert needle.value in needle.statement and needle.value not in needle.question
+        assert kind == "word" or (len(needle.value) == 7 and needle.value.isdigit())
+
+
+def test_same_seed_same_needles():
+    first, second = NeedleMaker(WORDS, 5), NeedleMaker(WORDS, 5)
+    assert [first.make() for _ in range(9)] == [second.make() for _ in range(9)]
+
+
+def test_unrelated_needles_are_not_stated():
+    maker = NeedleMaker(WORDS, 1)
+    needles = [maker.make() for _ in range(6)]
+    stated = {(needle.attribute, needle.key) for needle in needles}
+    asked = [maker.unrelated(needles) for _ in range(300)]
+    assert not stated & {(needle.attribute, needle.key) for needle in asked}
+    # Hard cases occur: keys that share a half, and known keys with another attribute.
+    halves = {half for needle in needles for half in needle.key.split("-")}
+    assert any(halves & set(needle.key.split("-")) for needle in asked)
+
+
+def test_hide_needles_keeps_the_text():
+    maker = NeedleMaker(WORDS, 2)
+    needles = [maker.make() for _ in range(7)]
+    text, hidden = hide_needles(TEXT, needles, random.Random(4))
+    assert sorted(n.statement for n, _ in hidden) == sorted(n.statement for n in needles)
+    for needle, place in hidden:
+        assert text[place : place + len(needle.statement)] == needle.statement
+        assert place < 2 or text[place - 2] in ".!?"
+    for needle, _ in hidden:
+        text = text.replace(" " + needle.statement, "", 1)
+    assert text == TEXT
+
+
+def test_too_few_words_are_refused():
+    with pytest.raises(ValueError, match="expected at least 16 words"):
+        NeedleMaker(["one"] * 3)
+
+
+@pytest.fixture(scope="module")
+def sampler():
+    texts = [TEXT + " ".join(WORDS * 20)]
+    tokenizer = TextTokenizer.train(texts, 600)
+    templates = make_templates(
+        tokenizer,
+        {
+            "update": "<|memory|>{memory}<|question|>{question}<|update|>",
+            "answer": "<|memory|>{memory}<|question|>{question}<|answer|>",
+            "no_memory": " none",
+        },
+    )
+    books = [tokenizer.encode(texts[0])]
+    return RecallSampler(tokenizer, templates, books, WORDS * 10, seed=0)
+
+
+def test_chunks_hold_their_needles(sampler):
+    for _ in range(20):
+        needles = [sampler.maker.make() for _ in range(3)]
+        ids, kept = sampler.chunk(160, needles)
+        assert len(ids) == 160
+        text = sampler.tokenizer.decode(ids)
+        assert kept and all(needle.statement in text for needle in kept)
+
+
+def test_targets_are_what_the_case_says(sampler):
+    seen = set()
+    none = sampler.tokenizer.decode(sampler.templates.no_memory).strip()
+    for _ in range(200):
+        needles = [sampler.maker.make() for _ in range(3)]
+        turn = sampler.update_turn(needles)
+        target = sampler.tokenizer.decode(turn.target).strip()
+        key, value = target.split(" ", 1)
+        stated = [n.value for n in needles if n.key == key]
+        prompt = sampler.tokenizer.decode(turn.prompt)
+        assert key in prompt
+        assert turn.target[-1] == sampler.templates.end
+        if turn.case in ("found", "replaced"):
+            assert value in stated
+        elif turn.case == "kept":
+            assert f"{key} {value}" in prompt and value != none
+        else:
+            assert value == none
+        seen.add(turn.case)
+    assert seen == {"found", "absent", "kept", "replaced"}
+
+
+def test_labels_line_up(sampler):
+    batch = sampler.batch(2, 120, 4, (1, 3))
+    assert batch.chunks.shape == (2, 120) and len(batch.turns) == len(batch.labels) == 8
+    for inputs, labels in zip(batch.turns, batch.labels, strict=True):
+        places = (labels != IGNORED).nonzero()[:, 0].tolist()
+        assert places == list(range(places[0], places[-1] + 1))
+        # What is predicted at one place is fed at the next.
+        assert inputs[places[1:]].tolist() == labels[places[:-1]].tolist()
+        assert labels[places[-1]] == sampler.templates.end
