@@ -4,7 +4,15 @@
 import torch
 
 from .. import ref
-from .._check import check, check_all, check_bank, check_dtype, check_range, check_shape
+from .._check import (
+    check,
+    check_all,
+    check_bank,
+    check_dtype,
+    check_range,
+    check_shape,
+    check_slots,
+)
 from .._loader import backend
 from ..rope import rotate
 
@@ -89,6 +97,8 @@ def compress_pack_(
         _check_inputs("compress_pack_", q, k, v, cos, sin, batch, ratio, positions)
         _check_positions("compress_pack_", k.shape[0] // batch, cos, positions, pos0)
         check_bank("compress_pack_", kv, kv_scale, layer, *k.shape[1:])
+        memory = k.shape[0] // batch // (ratio + 1)
+        check_slots("compress_pack_", kv, page_table, slot0, mem_valid, batch, memory)
         return ref.compress_pack_(
             q, k, v, cos, sin, kv, kv_scale, page_table, slot0, batch=batch, ratio=ratio,
             layer=layer, mem_valid=mem_valid, positions=positions, pos0=pos0,
@@ -122,6 +132,8 @@ def write_memory_(k, v, kv, kv_scale, page_table, slot0, *, batch, layer, mem_va
         check_shape("write_memory_", "k", k, (None, None, None))
         check_shape("write_memory_", "v", v, k.shape)
         check_bank("write_memory_", kv, kv_scale, layer, *k.shape[1:])
+        memory = k.shape[0] // batch
+        check_slots("write_memory_", kv, page_table, slot0, mem_valid, batch, memory)
         ref.write_memory_(
             k, v, kv, kv_scale, page_table, slot0, batch=batch, layer=layer, mem_valid=mem_valid
         )

@@ -70,21 +70,12 @@ def test_reference_backend_is_used_when_asked_for():
         lychee_kernels.memory_attention(x, x, x)
 
 
-def test_reference_backend_checks_its_arguments():
-    script = """
-import torch, lychee_kernels as lk
-x, i = torch.ones(1, 1, 1, 8), torch.ones(1, 1).int()
-bank = {"kv": x[None, None].expand(1, 1, 1, 2, 1, 8), "page_table": i, "page_len": i}
-for v, options in ((x[:, :, :0], {}), (x, bank | {"num_pages": i[0]})):
-    try:
-        lk.memory_attention(x, x, v, **options)
-    except RuntimeError as error:
-        print(error)
-"""
-    code, output = run("-c", script, LYCHEE_BACKEND="ref")
-    assert code == 0
-    assert "memory_attention: v: expected shape [1, 1, 1, 8], got [1, 1, 0, 8]" in output
-    assert "memory_attention: page_table: expected 0 <= value <= 0, got 1" in output
+def test_reference_backend_names_the_same_wrong_arguments():
+    # the reference also takes float64 and any strides
+    files = [str(TESTS / f"test_{op}_errors.py") for op in ("memory_attention", "compress_pack")]
+    options = ["-q", "-p", "no:cacheprovider", "-k", "names and not float64 and not contiguous"]
+    code, output = run("-m", "pytest", *options, *files, LYCHEE_BACKEND="ref")
+    assert code == 0 and " passed" in output, output
 
 
 def test_cpp_backend_refuses_an_op_without_kernel():

@@ -103,7 +103,10 @@ def test_gather_chunks_of_an_empty_bank_is_empty():
         ({"page_table": torch.full((2, 6), 4)}, "page_table: expected 0 <= value <= 3, got 4"),
         ({"num_pages": torch.tensor([7, 1])}, "num_pages: expected 0 <= value <= 6, got 7"),
         ({"page_len": torch.full((2, 6), 65)}, "page_len: expected 0 <= value <= 64, got 65"),
-        ({"page_base": torch.full((2, 6), 4096)}, "page_base: expected 0 <= value <= 4096"),
+        (
+            {"page_base": torch.full((2, 6), 4033), "page_len": torch.full((2, 6), 64)},
+            "page_base: expected 0 <= value <= 4032, got 4033",
+        ),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
