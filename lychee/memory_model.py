@@ -18,7 +18,7 @@ from lychee.config import MemoryConfig, ModelConfig
 from lychee.documents import read_documents
 from lychee.errors import CheckpointError, InputError, MemoryConfigError
 from lychee.generate import GREEDY, Sampling
-from lychee.reasoner import Reasoner
+from lychee.reasoner import ReadingPrompts, Reasoner
 from lychee.tokenizer import TextTokenizer
 from lychee.trace import Answer, Source, Step, Usage
 from lychee.weights import load_decoder, read_config, save_decoder

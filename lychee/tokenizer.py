@@ -58,8 +58,9 @@ class TextTokenizer:
             show_progress=False,
         )
         numbers = [f"{number:03d}" for number in range(1000)]
-        numbers = [f" {number}{number}" for number in [*numbers, *range(100)]] * NUMBER_REPEATS
-        backend.train_from_iterator(itertools.chain(texts, numbers), trainer)
+        numbers = "".join(f" {number}{number}" for number in [*numbers, *range(100)])
+        counted = itertools.repeat(numbers, NUMBER_REPEATS)
+        backend.train_from_iterator(itertools.chain(texts, counted), trainer)
         return cls(backend)
 
     def save(self, folder: Path) -> None:

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import random
 import re
-import zlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 KINDS = ("number", "word")
@@ -71,24 +70,25 @@ class Needle:
     question: str
 
 
-def word_list(texts: Iterable[str], *, held_out: bool, minimum_count: int = 3) -> list[str]:
-    """Lower-case words of 4 to 9 letters that occur in `texts`, in alphabetic order.
+def word_list(
+    texts: Iterable[str], encode: Callable[[str], list[int]], minimum_count: int = 3
+) -> list[str]:
+    """Lower-case words of 4 to 9 letters that occur in `texts` and are one token, alphabetically.
 
-    One word in ten, chosen by its CRC-32, is held out of training: `held_out` gives those, or all
-    the others.
+    `encode` is the tokenizer's; a word counts as it stands inside a sentence, behind a space.
     """
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(re.findall(r"(?<![A-Za-z'-])[a-z]{4,9}(?![A-Za-z'-])", text))
     words = sorted(word for word, count in counts.items() if count >= minimum_count)
-    return [word for word in words if (zlib.crc32(word.encode()) % 10 == 0) == held_out]
+    return [word for word in words if len(encode(" " + word)) == 1]
 
 
 class NeedleMaker:
     """Draws needles from a word list; the same seed gives the same needles.
 
-    `single` makes keys and values of one word or three digits, all in one wording, to start
-    training with.
+    `single` makes one-word keys and numbers of three digits, all in one wording, to start training
+    with.
     """
 
     def __init__(self, words: list[str], seed: int | random.Random = 0, *, single: bool = False):
@@ -99,16 +99,16 @@ class NeedleMaker:
         self.single = single
 
     def key(self) -> str:
-        """One word, or mostly two with a hyphen, as RULER has them."""
+        """One word, or two."""
         words = self.random.sample(self.words, 2)
-        return words[0] if self.single or self.random.random() < 0.15 else "-".join(words)
+        return words[0] if self.single or self.random.random() < 0.5 else " ".join(words)
 
     def value(self, kind: str) -> str:
-        """Seven digits without a leading zero, or one or two words."""
+        """Seven digits without a leading zero, or a word."""
         if kind == "number":
             low = 100 if self.single else 1_000_000
             return str(self.random.randrange(low, 10 * low))
-        return self.key()
+        return self.random.choice(self.words)
 
     def make(
         self,
@@ -154,10 +154,10 @@ class NeedleMaker:
                 near = draw.choice(needles)
                 if draw.random() < 0.2:
                     needle = self.make(key=near.key)
-                elif "-" in near.key:
-                    halves = near.key.split("-")
+                elif " " in near.key:
+                    halves = near.key.split(" ")
                     halves[draw.randrange(2)] = draw.choice(self.words)
-                    needle = self.make(near.kind, attribute=near.attribute, key="-".join(halves))
+                    needle = self.make(near.kind, attribute=near.attribute, key=" ".join(halves))
             if (needle.attribute, needle.key) not in stated:
                 return needle
 

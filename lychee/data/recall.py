@@ -69,10 +69,8 @@ class RecallSampler:
         self.templates = templates
         self.books = books
         self.random = random.Random(seed)
-        short = [word for word in words if len(tokenizer.encode(" " + word)) == 1]
         self.makers = {
-            False: NeedleMaker(words, self.random),
-            True: NeedleMaker(short, self.random, single=True),
+            single: NeedleMaker(words, self.random, single=single) for single in (False, True)
         }
         self.maker = self.makers[False]
 
@@ -86,7 +84,7 @@ class RecallSampler:
     ) -> RecallBatch:
         """`size` chunks of `chunk` tokens with facts[0] to facts[1] needles, `questions` each.
 
-        `single`: share of batches with one-token words and three-digit numbers only.
+        `single`: share of batches in the simplest form, see `NeedleMaker`.
         """
         self.maker = self.makers[self.random.random() < single]
         chunks, turns, final = [], [], []

@@ -94,9 +94,9 @@ def make_text(
 def evaluate(
     model: LycheeMemory, books: Iterable[Path], lengths: Sequence[int], questions: int, seed: int
 ) -> Iterable[Cell]:
-    """Yield one Cell per length: `questions` about needles with held-out words in `books`."""
+    """Yield one Cell per length: `questions` about needles in `books`."""
     texts = [path.read_text(encoding="utf-8", errors="replace") for path in books]
-    words = word_list(texts, held_out=True)
+    words = word_list(texts, model.tokenizer.encode)
     encoded = [(text, model.tokenizer.encode_with_offsets(text)[1]) for text in texts]
     for length in lengths:
         draw = random.Random(seed * 1_000_003 + length)

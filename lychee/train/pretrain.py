@@ -134,7 +134,7 @@ class Pretraining:
             self.tokenizer,
             make_templates(self.tokenizer, self.memory.templates),
             [self.tokenizer.encode(text) for text in texts],
-            word_list(texts, held_out=False),
+            word_list(texts, self.tokenizer.encode),
             recipe.seed,
         )
         self.optimizer = torch.optim.AdamW(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Needles and training samples: reproducible, answerable, and held-out words held out."""
+"""Needles and training samples: reproducible, and their answers are what the text says."""
 
 import random
 
@@ -14,16 +14,13 @@ WORDS = [f"{first}{second}ing" for first in "bdfglmprst" for second in ("ar", "e
 TEXT = "It was a long day. Nobody came! Who would have thought so? The end came late. " * 40
 
 
-def test_word_lists_are_disjoint_and_cover():
-    text = " ".join(WORDS * 3)
-    kept, held = word_list([text], held_out=False), word_list([text], held_out=True)
-    assert not set(kept) & set(held)
-    assert sorted(kept + held) == sorted(WORDS)
-    assert 0 < len(held) < len(kept)
+def test_word_list_takes_plain_common_words_of_one_token():
+    def encode(text):
+        return [0] if text in (" tree", " rare", " Paris", " well", " abc") else [0, 1]
 
-
-def test_word_list_takes_plain_common_words():
-    assert word_list(["Paris don't well-known abc tree tree tree rare"], held_out=False) == ["tree"]
+    texts = ["Paris don't well-known abc tree tree", "tree house house house rare"]
+    assert word_list(texts, encode) == ["tree"]
+    assert word_list(texts, encode, minimum_count=1) == ["rare", "tree"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -33,7 +30,7 @@ def test_statement_and_question_fit(kind):
         needle = maker.make(kind)
         assert needle.key in needle.statement and needle.key in needle.question
         assert needle.attribute in needle.statement and needle.attribute in needle.question
-        assert needle.value in needle.statement and needle.value not in needle.question
+        assert needle.value in needle.statement and needle.value not in needle.key
         assert kind == "word" or (len(needle.value) == 7 and needle.value.isdigit())
 
 
@@ -49,8 +46,8 @@ def test_unrelated_needles_are_not_stated():
     asked = [maker.unrelated(needles) for _ in range(300)]
     assert not stated & {(needle.attribute, needle.key) for needle in asked}
     # Hard cases occur: keys that share a half, and known keys with another attribute.
-    halves = {half for needle in needles for half in needle.key.split("-")}
-    assert any(halves & set(needle.key.split("-")) for needle in asked)
+    halves = {half for needle in needles for half in needle.key.split()}
+    assert any(halves & set(needle.key.split()) for needle in asked)
 
 
 def test_hide_needles_keeps_the_text():
@@ -103,7 +100,7 @@ def test_targets_are_what_the_case_says(sampler):
         needles = [sampler.maker.make() for _ in range(3)]
         turn = sampler.update_turn(needles)
         target = sampler.tokenizer.decode(turn.target).strip()
-        key, value = target.split(" ", 1)
+        key, value = target.rsplit(" ", 1)
         stated = [n.value for n in needles if n.key == key]
         prompt = sampler.tokenizer.decode(turn.prompt)
         assert key in prompt

@@ -3,6 +3,7 @@
 
 import json
 import random
+import shutil
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from lychee.config import ModelConfig
 from lychee.decoder import rotate
 from lychee.errors import InputError
+from lychee.tokenizer import TextTokenizer
 from lychee.train.initialise import new_decoder
 from lychee.train.pretrain import Pretraining, Recipe, pretrain
 
@@ -27,7 +29,7 @@ books = ["book.txt"]
 
 [model]
 model_type = "qwen2"
-vocab_size = 512
+vocab_size = 3200
 hidden_size = 32
 intermediate_size = 64
 num_hidden_layers = 3
@@ -65,18 +67,25 @@ ratios = [2, 4]
 """
 
 
-@pytest.fixture
-def books(tmp_path):
+@pytest.fixture(scope="session")
+def books(tmp_path_factory):
+    """A folder with one book of few words, each often enough to become a token."""
     draw = random.Random(0)
     letters = "abcdefghijklmnopqrstuvwxyz"
-    # Few words, many times: the tokenizer makes tokens of them, which the first stage needs.
-    words = ["".join(draw.choice(letters) for _ in range(5)) for _ in range(300)]
-    words += [word for word in ("magic", "number", "what", "which", "word", "special")] * 5
-    text = " ".join(draw.choice(words) + draw.choice(["", "", "", "."]) for _ in range(30000))
-    folder = tmp_path / "books"
-    folder.mkdir()
+    words = ["".join(draw.choice(letters) for _ in range(5)) for _ in range(100)]
+    text = " ".join(draw.choice(words) + draw.choice(["", "", "", "."]) for _ in range(300_000))
+    folder = tmp_path_factory.mktemp("books")
     (folder / "book.txt").write_text(text)
+    TextTokenizer.train([text], 3200).save(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def ready_tokenizer(tmp_path, books):
+    """Runs find a tokenizer and need not train one."""
+    for name in ("run", "whole", "part"):
+        (tmp_path / name).mkdir()
+        shutil.copy(books / "tokenizer.json", tmp_path / name)
 
 
 def write_recipe(folder, text=RECIPE):
@@ -123,8 +132,10 @@ def test_learns_one_batch(tmp_path, books):
     """Loss of a repeated batch falls by far: gradients reach what they must."""
     run = Pretraining(Recipe.load(write_recipe(tmp_path)), books, tmp_path / "run")
     batch = run.sampler.batch(4, 32, 2, (1, 1), 1.0)
+    for group in run.optimizer.param_groups:
+        group["lr"] = 1e-2
     losses = []
-    for _ in range(25):
+    for _ in range(40):
         loss, _ = run.loss(batch, 4)
         run.optimizer.zero_grad()
         loss.backward()
