@@ -37,7 +37,9 @@ class TextTokenizer:
             raise CheckpointError(f"{path}: expected a tokenizer, got: {error}") from error
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> TextTokenizer:
+    def train(
+        cls, texts: Iterable[str], vocab_size: int, number_repeats: int = NUMBER_REPEATS
+    ) -> TextTokenizer:
         """Byte-level BPE with numbers in groups of three digits, each group one token.
 
         Few tokens per number, each almost unique in a text, make numbers as easy to find and to
@@ -59,7 +61,7 @@ class TextTokenizer:
         )
         numbers = [f"{number:03d}" for number in range(1000)]
         numbers = "".join(f" {number}{number}" for number in [*numbers, *range(100)])
-        counted = itertools.repeat(numbers, NUMBER_REPEATS)
+        counted = itertools.repeat(numbers, number_repeats)
         backend.train_from_iterator(itertools.chain(texts, counted), trainer)
         return cls(backend)
 

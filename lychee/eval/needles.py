@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lychee.data.needles import KINDS, NeedleMaker, hide_needles, word_list
+from lychee.errors import InputError
 from lychee.memory_model import LycheeMemory
 from lychee.trace import Answer
 
@@ -84,7 +85,7 @@ def make_text(
     room = length - sum(len(model.tokenizer.encode(" " + n.statement)) for n in needles)
     long_enough = [book for book in books if len(book[1]) > room]
     if not long_enough:
-        raise ValueError(f"books: expected one of more than {room} tokens, got none")
+        raise InputError(f"books: expected one of more than {room} tokens, got none")
     text, offsets = draw.choice(long_enough)
     start = draw.randrange(len(offsets) - room)
     filler = text[offsets[start][0] : offsets[start + room - 1][1]]

@@ -11,7 +11,10 @@ from lychee.memory_model import LycheeMemory
 from lychee.tokenizer import TextTokenizer
 from lychee.train.initialise import new_decoder
 
-WORDS = "the sea ran high and every sailor kept below until grey morning came again".split()
+WORDS = (
+    "the sea ran high and every sailor kept below until grey morning came again while "
+    "three gulls cried over their broken mast under heavy cloud"
+).split()
 
 
 def make_prose(words: int, seed: int = 0) -> str:
@@ -33,7 +36,7 @@ def prose():
 def tiny_config() -> dict:
     return {
         "model_type": "qwen2",
-        "vocab_size": 320,
+        "vocab_size": 420,
         "hidden_size": 32,
         "intermediate_size": 64,
         "num_hidden_layers": 3,
@@ -53,7 +56,7 @@ def tiny_memory() -> MemoryConfig:
         param=("q", "k", "v"),
         size=6,
         answer=5,
-        question=40,
+        question=120,
         cut="sentence",
         templates={
             "update": "<|memory|>{memory}<|question|>{question}<|update|>",
@@ -65,7 +68,7 @@ def tiny_memory() -> MemoryConfig:
 
 @pytest.fixture(scope="session")
 def tiny_model(tiny_config, tiny_memory) -> LycheeMemory:
-    tokenizer = TextTokenizer.train([make_prose(400)], tiny_config["vocab_size"])
+    tokenizer = TextTokenizer.train([make_prose(4000)], tiny_config["vocab_size"], number_repeats=0)
     decoder = new_decoder(ModelConfig.from_dict(tiny_config), tiny_memory.param, seed=1).eval()
     # Larger output scores than at initialisation, so that argmax differs from chunk to chunk.
     with torch.no_grad():

@@ -131,7 +131,7 @@ def test_bad_questions(tiny_model, prose):
     bank = tiny_model.remember(prose(50))
     with pytest.raises(InputError, match="question: expected text, got nothing"):
         tiny_model.ask(bank, "  ")
-    with pytest.raises(InputError, match="question: expected at most 40 tokens, got"):
+    with pytest.raises(InputError, match="question: expected at most 120 tokens, got"):
         tiny_model.ask(bank, prose(200))
 
 

@@ -71,7 +71,7 @@ def test_too_few_words_are_refused():
 @pytest.fixture(scope="module")
 def sampler():
     texts = [TEXT + " ".join(WORDS * 20)]
-    tokenizer = TextTokenizer.train(texts, 600)
+    tokenizer = TextTokenizer.train(texts, 600, number_repeats=0)
     templates = make_templates(
         tokenizer,
         {

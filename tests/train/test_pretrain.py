@@ -29,7 +29,7 @@ books = ["book.txt"]
 
 [model]
 model_type = "qwen2"
-vocab_size = 3200
+vocab_size = 700
 hidden_size = 32
 intermediate_size = 64
 num_hidden_layers = 3
@@ -73,10 +73,10 @@ def books(tmp_path_factory):
     draw = random.Random(0)
     letters = "abcdefghijklmnopqrstuvwxyz"
     words = ["".join(draw.choice(letters) for _ in range(5)) for _ in range(100)]
-    text = " ".join(draw.choice(words) + draw.choice(["", "", "", "."]) for _ in range(300_000))
+    text = " ".join(draw.choice(words) + draw.choice(["", "", "", "."]) for _ in range(60_000))
     folder = tmp_path_factory.mktemp("books")
     (folder / "book.txt").write_text(text)
-    TextTokenizer.train([text], 3200).save(folder)
+    TextTokenizer.train([text], 700, number_repeats=0).save(folder)
     return folder
 
 
