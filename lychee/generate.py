@@ -23,8 +23,9 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self):
-        if self.temperature < 0:
-            raise InputError(f"temperature: expected 0 or more, got {self.temperature}")
+        # Far colder would overflow; not-a-number fails every comparison.
+        if self.temperature != 0 and not 1e-4 <= self.temperature <= 1e4:
+            raise InputError(f"temperature: expected 0, or 0.0001 to 10000, got {self.temperature}")
         if self.top_k < 0:
             raise InputError(f"top_k: expected 0 or more, got {self.top_k}")
         if not 0 < self.top_p <= 1:

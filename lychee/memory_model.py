@@ -76,10 +76,12 @@ class LycheeMemory:
         if chunk is None and window is not None:
             chunk = window
         memory = MemoryConfig.from_dict(raw, ratio=ratio, window=window, chunk=chunk)
-        if config.num_hidden_layers < 1:
-            raise CheckpointError(f"{folder}: expected at least one layer, got none")
         device = pick_device(device)
         tokenizer = TextTokenizer.from_folder(folder)
+        if (size := tokenizer.backend.get_vocab_size()) > config.vocab_size:
+            raise CheckpointError(
+                f"{folder}/tokenizer.json: expected at most {config.vocab_size} tokens, got {size}"
+            )
         decoder, trained = load_decoder(
             folder, raw, memory, device=device, dtype=pick_dtype(dtype, raw, device)
         )

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Entry point of the command `lychee`: runs it and turns every way to end into an exit code."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+from lychee.errors import LycheeError
+
+FAILED, MISTAKEN, INTERRUPTED = 1, 2, 130
+
+
+def main() -> None:
+    """Run the command; a user's mistake is one line on standard error and exit code 2."""
+    sys.exit(run())
+
+
+def run() -> int:
+    """Exit code of the command in sys.argv."""
+    try:
+        status = run_command()
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read the output has gone; leave nothing for the interpreter to flush into it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except LycheeError as error:
+        return refuse(str(error))
+    except OSError as error:
+        return refuse(f"{error.filename or 'input or output'}: {error.strerror or error}")
+    except ImportError as error:
+        if not str(error).startswith("lychee_kernels"):
+            raise
+        return refuse(str(error))
+    if status == INTERRUPTED:
+        # A second Ctrl-C has nothing left to stop.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        print("interrupted", file=sys.stderr)
+    return status
+
+
+def run_command() -> int:
+    """The command itself, imported only now: Ctrl-C must find its handler already there."""
+    from lychee import commands
+
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
+    try:
+        status = commands.app(prog_name="lychee", standalone_mode=False)
+    except commands.Aborted:
+        return INTERRUPTED
+    except commands.UsageProblem as error:
+        command = error.ctx.command_path if error.ctx else "lychee"
+        message = " ".join(error.format_message().split()).rstrip(".")
+        return refuse(f"{message}; see '{command} --help'")
+    sys.stdout.flush()
+    return status if isinstance(status, int) else 0
+
+
+def refuse(message: str) -> int:
+    print(f"lychee: error: {message}", file=sys.stderr, flush=True)
+    return MISTAKEN
