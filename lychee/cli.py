@@ -6,6 +6,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from lychee.errors import LycheeError
 
@@ -58,6 +60,25 @@ def run_command() -> int:
         return refuse(f"{message}; see '{command} --help'")
     sys.stdout.flush()
     return status if isinstance(status, int) else 0
+
+
+@contextmanager
+def leaving_at_once() -> Iterator[None]:
+    """Ctrl-C ends the process on the spot: for imports of libraries that would swallow it."""
+    previous = signal.getsignal(signal.SIGINT)
+    if previous is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def leave(*_) -> None:
+    os.write(2, b"interrupted\n")
+    os._exit(INTERRUPTED)
 
 
 def refuse(message: str) -> int:

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
+from lychee.cli import leaving_at_once
 from lychee.errors import InputError
 from lychee.progress import ProgressDisplay
 
@@ -86,6 +87,7 @@ def ask(
     The texts are compressed into a memory once; then every piece is read from that memory.
     """
     check_question(question)
+    load_libraries()
     from lychee.documents import read_documents
     from lychee.generate import Sampling
 
@@ -129,6 +131,7 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """Hide facts at random places of a long text, then ask for each one."""
+    load_libraries()
     import random
 
     from lychee.demo import ask_for, hide_facts, make_facts, read_book
@@ -163,6 +166,7 @@ def pretrain(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last save.")] = False,
 ) -> None:
     """Train compressor and reader together; prints one JSON line per logged step."""
+    load_libraries()
     from lychee.train.pretrain import pretrain as run_pretraining
 
     run_pretraining(config, books, out, resume=resume)
@@ -183,6 +187,7 @@ def needles(
     ] = None,
 ) -> None:
     """Hide facts in spans of books, half of the texts with one and half with four; ask for all."""
+    load_libraries()
     from lychee.eval.needles import evaluate
     from lychee.eval.report import HEADER, table_row, write_json
 
@@ -194,6 +199,12 @@ def needles(
         print(table_row(cell), flush=True)
         if out is not None:
             write_json(out, " ".join(["lychee", *sys.argv[1:]]), cells)
+
+
+def load_libraries() -> None:
+    """Import what takes seconds: torch, above all."""
+    with leaving_at_once():
+        import lychee.memory_model  # noqa: F401
 
 
 def check_question(question: str) -> None:
@@ -210,7 +221,8 @@ def load_model(folder: Path | None, ratio: int | None, max_new_tokens: int | Non
     """The model of a command, with a warning where it was never trained to remember."""
     from lychee.memory_model import LycheeMemory
 
-    model = LycheeMemory.from_pretrained(folder, ratio=ratio)
+    with leaving_at_once():
+        model = LycheeMemory.from_pretrained(folder, ratio=ratio)
     if not model.trained:
         warning = f"lychee: warning: {folder}: has no trained memory; its answers mean little"
         print(warning, file=sys.stderr, flush=True)

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lychee.data.needles import KINDS, NeedleMaker, hide_needles, word_list
+from lychee.documents import read_file
 from lychee.errors import InputError
 from lychee.memory_model import LycheeMemory
 from lychee.trace import Answer
@@ -96,7 +97,7 @@ def evaluate(
     model: LycheeMemory, books: Iterable[Path], lengths: Sequence[int], questions: int, seed: int
 ) -> Iterable[Cell]:
     """Yield one Cell per length: `questions` about needles in `books`."""
-    texts = [path.read_text(encoding="utf-8", errors="replace") for path in books]
+    texts = [read_file(path).text for path in books]
     words = word_list(texts, model.tokenizer.encode)
     encoded = [(text, model.tokenizer.encode_with_offsets(text)[1]) for text in texts]
     for length in lengths:

@@ -30,17 +30,19 @@ from lychee.train.checkpoint import load_state, save_state
 from lychee.train.initialise import new_decoder
 
 FINAL_TURN_WEIGHT = 0.3
+TUPLES = ("facts", "ratios", "learning_rate")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of the curriculum."""
+    """One step of the curriculum; the learning rate goes linearly from the first to the second."""
 
     steps: int
     chunk: int
     batch: int
     questions: int
     facts: tuple[int, int]
+    learning_rate: tuple[float, float]
     ratios: tuple[int, ...] = (4,)
     single: float = 0.0
 
@@ -51,10 +53,7 @@ class Recipe:
 
     seed: int
     threads: int
-    learning_rate: float
     warmup_steps: int
-    decay_steps: int
-    final_learning_rate: float
     weight_decay: float
     save_every: int
     log_every: int
@@ -69,7 +68,7 @@ class Recipe:
         try:
             raw = tomllib.loads(path.read_text())
             stages = tuple(
-                Stage(**stage | {n: tuple(stage[n]) for n in ("facts", "ratios") if n in stage})
+                Stage(**stage | {n: tuple(stage[n]) for n in TUPLES if n in stage})
                 for stage in raw.pop("stage")
             )
             return cls(**raw | {"books": tuple(raw["books"])}, stages=stages)
@@ -80,18 +79,20 @@ class Recipe:
     def total_steps(self) -> int:
         return sum(stage.steps for stage in self.stages)
 
-    def stage_at(self, step: int) -> Stage:
+    def stage_at(self, step: int) -> tuple[Stage, int]:
+        """The stage of a step, and the step within it."""
         for stage in self.stages:
             if step < stage.steps:
-                return stage
+                return stage, step
             step -= stage.steps
-        return self.stages[-1]
+        return self.stages[-1], self.stages[-1].steps
 
     def learning_rate_at(self, step: int) -> float:
-        """Linear warm-up, constant, linear decay over the last `decay_steps`."""
-        rate = self.learning_rate * min(1.0, (step + 1) / self.warmup_steps)
-        left = (self.total_steps - step) / self.decay_steps
-        return max(self.final_learning_rate, rate * left) if left < 1 else rate
+        """Linear within each stage, after a linear warm-up."""
+        stage, inside = self.stage_at(step)
+        first, last = stage.learning_rate
+        rate = first + (last - first) * inside / stage.steps
+        return rate * min(1.0, (step + 1) / self.warmup_steps)
 
 
 def load_books(folder: Path, names: tuple[str, ...]) -> list[str]:
@@ -199,7 +200,7 @@ class Pretraining:
         print(text, flush=True)
 
     def train_step(self) -> dict[str, float]:
-        stage = self.recipe.stage_at(self.step)
+        stage, _ = self.recipe.stage_at(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.learning_rate_at(self.step)
         ratio = self.sampler.random.choice(stage.ratios)

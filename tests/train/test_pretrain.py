@@ -18,10 +18,7 @@ from lychee.train.pretrain import Pretraining, Recipe, pretrain
 RECIPE = """
 seed = 0
 threads = 1
-learning_rate = 3e-3
 warmup_steps = 2
-decay_steps = 2
-final_learning_rate = 1e-5
 weight_decay = 0.01
 save_every = 2
 log_every = 2
@@ -55,6 +52,7 @@ chunk = 32
 batch = 4
 questions = 2
 facts = [1, 1]
+learning_rate = [3e-3, 3e-3]
 single = 1.0
 
 [[stage]]
@@ -63,6 +61,7 @@ chunk = 64
 batch = 2
 questions = 3
 facts = [0, 1]
+learning_rate = [3e-3, 1e-5]
 ratios = [2, 4]
 """
 
@@ -154,6 +153,13 @@ def test_every_trained_parameter_gets_a_gradient(tmp_path, books):
     }
     missing = {name for name, p in run.decoder.named_parameters() if p.grad is None}
     assert missing == unread
+
+
+def test_learning_rate_is_linear_within_stages(tmp_path):
+    recipe = Recipe.load(write_recipe(tmp_path))
+    rates = [recipe.learning_rate_at(step) for step in range(6)]
+    assert rates[:3] == pytest.approx([1.5e-3, 3e-3, 3e-3])
+    assert rates[4] == pytest.approx((3e-3 + 1e-5) / 2)
 
 
 @pytest.mark.parametrize(
