@@ -96,7 +96,7 @@ def ask(
         read_documents(files)
     memory_model = load_model(model, ratio, max_new_tokens)
     # `ask` refuses a question that is too long as well, but only after the memory is built.
-    memory_model._encode_question(question)
+    memory_model.encode_question(question)
     started = time.perf_counter()
     with ProgressDisplay("Remembering", "tokens") as display:
         bank = memory_model.remember(files, progress=display)

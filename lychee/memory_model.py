@@ -197,7 +197,7 @@ class LycheeMemory:
         """
         if bank.memory != self.memory:
             raise MemoryConfigError(f"bank: expected {self.memory}, got {bank.memory}")
-        ids = [self._encode_question(question) for question in questions]
+        ids = [self.encode_question(question) for question in questions]
         traces: list[list[Step]] = [[] for _ in questions]
 
         def on_read(index: int, chunk: int, notes: list[int], changed: bool) -> None:
@@ -267,7 +267,8 @@ class LycheeMemory:
                 worker.join()
                 return
 
-    def _encode_question(self, question: str) -> list[int]:
+    def encode_question(self, question: str) -> list[int]:
+        """Token ids of a question; InputError if it is empty or longer than the limit."""
         if not question.strip():
             raise InputError("question: expected text, got nothing")
         ids = self.tokenizer.encode(question.strip())

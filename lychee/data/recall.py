@@ -17,7 +17,6 @@ from lychee.data.needles import Needle, NeedleMaker
 from lychee.prompts import PromptTemplate
 from lychee.tokenizer import TextTokenizer
 
-CASES = ("found", "absent", "kept", "replaced")
 IGNORED = -100
 # Share of questions about needles that the chunk holds: at the start, and then.
 FOUND_SHARE = {True: 0.8, False: 0.55}
