@@ -1,8 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compression speed against the released code's route: equal shape, threads and results."""
 
+import gc
+import json
+import os
 import statistics
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import released_route
@@ -27,14 +33,18 @@ CHUNK, WINDOW, RATIO = 4096, 2048, 4
 ROUNDS = 5
 
 
-@pytest.fixture(scope="module")
-def decoder():
+def make_decoder() -> Decoder:
     torch.manual_seed(0)
     decoder = Decoder(ModelConfig.from_dict(SHAPE), ("q", "k", "v")).eval()
     for parameter in decoder.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.02)
     return decoder
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    return make_decoder()
 
 
 @pytest.fixture(params=[1, 2], ids=lambda threads: f"{threads}-threads")
@@ -95,3 +105,40 @@ def test_compression_against_released_route(benchmark, decoder, threads):
     }
     print(f"\n{threads} threads: {CHUNK / ours:.0f} tokens/s, released route {CHUNK / theirs:.0f}")
     assert theirs / ours > 1
+
+
+def print_peak_memory() -> None:
+    """MiB that this process holds with the model loaded, and that one chunk adds at its peak."""
+    decoder, ids = make_decoder(), torch.randint(0, SHAPE["vocab_size"], (CHUNK,))
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    compress(decoder, ids)
+    print(json.dumps({"model_mib": before, "peak_extra_mib": resident("VmHWM") - before}))
+
+
+def resident(field: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1]) / 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+def test_peak_memory_of_a_chunk(benchmark, threads):
+    """A fresh process, so that nothing was allocated before; float32, bank included."""
+    here = Path(__file__)
+    code = f"import torch; torch.set_num_threads({threads}); import {here.stem} as t; "
+    path = os.pathsep.join([str(here.parent), str(here.parent.parent)])
+    run = benchmark.pedantic(
+        subprocess.run,
+        args=([sys.executable, "-c", code + "t.print_peak_memory()"],),
+        kwargs={
+            "env": os.environ | {"PYTHONPATH": path},
+            "capture_output": True,
+            "check": True,
+            "text": True,
+        },
+    )
+    measured = json.loads(run.stdout)
+    benchmark.extra_info |= {"threads": threads} | measured
+    print(f"\n{threads} threads: one chunk adds {measured['peak_extra_mib']:.0f} MiB at its peak")
+    assert measured["peak_extra_mib"] < 190

@@ -15,10 +15,7 @@ import torch
 from torch import Tensor
 
 import lychee_kernels as lk
-from lychee.decoder import Decoder, Layer
-
-# Rows per block of row-wise work: a block's activations stay in cache, and peak memory stays flat.
-BLOCK_ROWS = 512
+from lychee.decoder import BLOCK_ROWS, Decoder, Layer, linear_into
 
 
 class Sink(Protocol):
@@ -127,33 +124,50 @@ class Compressor:
             )
             if memory_queries_only:
                 x = x[raw_rows:]
-            x = self._close_layer(layer, x, segment_order(out, window), raw_rows)
+            x = self._close_layer(layer, x, out, window)
 
     def _project(self, layer: Layer, x: Tensor, raw_rows: int, memory_queries_only: bool):
         """q, k, v [rows, H, D] in segment order; each row goes through one projection."""
-        attention = layer.self_attn
-        h = layer.input_layernorm(x)
-        raw, memory = h[:raw_rows], h[raw_rows:]
-        k = torch.cat((attention.project("k", raw), attention.project("k", memory, memory=True)))
-        v = torch.cat((attention.project("v", raw), attention.project("v", memory, memory=True)))
-        q = attention.project("q", memory, memory=True)
-        if not memory_queries_only:
-            q = torch.cat((attention.project("q", raw), q))
-        return q, k, v
+        attention, recorded = layer.self_attn, torch.is_grad_enabled()
+        first = {"q": raw_rows if memory_queries_only else 0, "k": 0, "v": 0}
+        results = {
+            letter: [] if recorded else x.new_empty(len(x) - skipped, attention.width(letter))
+            for letter, skipped in first.items()
+        }
+        for start, stop, memory in row_blocks(raw_rows, len(x)):
+            h = layer.input_layernorm(x[start:stop])
+            for letter, skipped in first.items():
+                if start < skipped:
+                    continue
+                linear = attention.linear(letter, memory)
+                if recorded:
+                    results[letter].append(linear(h))
+                else:
+                    linear_into(linear, h, results[letter][start - skipped : stop - skipped])
+        return tuple(
+            attention.split_heads(letter, torch.cat(rows) if recorded else rows)
+            for letter, rows in results.items()
+        )
 
-    def _close_layer(self, layer: Layer, x: Tensor, attended: Tensor, raw_rows: int) -> Tensor:
-        """Output projection, residual and MLP on rows [rows, E], block by block."""
-        if x.shape[0] < raw_rows:
-            raw_rows = 0
-        blocks = []
+    def _close_layer(self, layer: Layer, x: Tensor, out: Tensor, window: Window) -> Tensor:
+        """Output projection, residual and MLP, block by block; without gradients in place.
+
+        x: [rows, E], all rows or the memory rows; out: attention output [B, Hq, T, D] for them.
+        """
+        raw_rows = x.shape[0] - window.batch * window.memory
+        attended, blocks = SegmentRows(out, window), []
         for start, stop, memory in row_blocks(raw_rows, x.shape[0]):
-            y = x[start:stop] + layer.self_attn.linear("o", memory)(attended[start:stop])
-            y = y + layer.mlp(layer.post_attention_layernorm(y))
+            y, linear = x[start:stop], layer.self_attn.linear("o", memory)
+            rows = attended.rows(start, stop, memory)
             if torch.is_grad_enabled():
-                blocks.append(y)
+                y = y + linear(rows)
+                blocks.append(y + layer.mlp(layer.post_attention_layernorm(y)))
             else:
-                x[start:stop] = y
-        return torch.cat(blocks) if blocks else x
+                linear_into(linear, rows, y, add=True)
+        if blocks:
+            return torch.cat(blocks)
+        layer.add_mlp(x)
+        return x
 
 
 def row_blocks(raw_rows: int, rows: int) -> list[tuple[int, int, bool]]:
@@ -165,13 +179,25 @@ def row_blocks(raw_rows: int, rows: int) -> list[tuple[int, int, bool]]:
     return blocks
 
 
-def segment_order(out: Tensor, window: Window) -> Tensor:
-    """Attention output [B, Hq, T, D] as rows [rows, Hq * D], raw rows first."""
-    rows = out.transpose(1, 2).flatten(2)
-    if rows.shape[1] == window.memory:
-        return rows.flatten(0, 1)
-    groups = rows.unflatten(1, (window.memory, window.ratio + 1))
-    return torch.cat((groups[:, :, :-1].flatten(0, 2), groups[:, :, -1].flatten(0, 1)))
+class SegmentRows:
+    """Rows of an attention output [B, Hq, T, D], numbered in segment order."""
+
+    def __init__(self, out: Tensor, window: Window):
+        rows = out.transpose(1, 2).flatten(2)
+        if rows.shape[1] == window.memory:
+            self.raw, self.memory = None, rows.flatten(0, 1)
+        else:
+            groups = rows.unflatten(1, (window.memory, window.ratio + 1)).flatten(0, 1)
+            self.raw, self.memory = groups[:, :-1], groups[:, -1]
+
+    def rows(self, start: int, stop: int, memory: bool) -> Tensor:
+        """[stop - start, Hq * D] of one segment."""
+        if memory:
+            first = 0 if self.raw is None else self.raw.shape[0] * self.raw.shape[1]
+            return self.memory[start - first : stop - first]
+        ratio = self.raw.shape[1]
+        groups = self.raw[start // ratio : -(-stop // ratio)].flatten(0, 1)
+        return groups[start % ratio :][: stop - start]
 
 
 class TensorSink:

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 import lychee_kernels as lk
 from lychee.config import ModelConfig
 
+# Rows per block of row-wise work: a block's activations stay in cache, and peak memory stays flat.
+BLOCK_ROWS = 512
+
 
 class Pages(Protocol):
     """What a decoder reads of a memory bank: page tables for one batch, see `lychee.bank`."""
@@ -42,6 +45,18 @@ class KVCache:
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
 
+def linear_into(linear: nn.Linear, x: Tensor, out: Tensor, *, add: bool = False) -> None:
+    """Write linear(x) [rows, N] into `out`, or add it to what is there; without gradients."""
+    if add and linear.bias is not None:
+        out += linear.bias
+    if add:
+        out.addmm_(x, linear.weight.t())
+    elif linear.bias is not None:
+        torch.addmm(linear.bias, x, linear.weight.t(), out=out)
+    else:
+        torch.mm(x, linear.weight.t(), out=out)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate x [B, H, T, D] by half-split RoPE with cos, sin [B or 1, 1, T, D/2] (fp32 inside)."""
     first, second = x.float().chunk(2, dim=-1)
@@ -58,6 +73,11 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled():
+            # One pass for the sum of squares where F.rms_norm makes three.
+            square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
+            scale = square.div_(x.shape[-1]).add_(self.eps).rsqrt_()
+            return torch.mul(x, scale).mul_(self.weight)
         if x.dtype == torch.float32:
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         return F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype) * self.weight
@@ -91,9 +111,17 @@ class Attention(nn.Module):
 
         `memory` chooses the memory tokens' own projection where the checkpoint has one.
         """
-        heads = self.linear(letter, memory)(x).unflatten(-1, (-1, self.head_dim))
+        return self.split_heads(letter, self.linear(letter, memory)(x))
+
+    def split_heads(self, letter: str, rows: Tensor) -> Tensor:
+        """Projected rows [..., heads * D] -> [..., heads, D], Qwen3's norm included."""
+        heads = rows.unflatten(-1, (-1, self.head_dim))
         norm = getattr(self, f"{letter}_norm", None)
         return heads if norm is None else norm(heads)
+
+    def width(self, letter: str) -> int:
+        """Output features of projection q, k or v."""
+        return self.linear(letter).weight.shape[0]
 
     def linear(self, letter: str, memory: bool = False) -> nn.Linear:
         """The projection q, k, v or o, the memory tokens' own if asked for and present."""
@@ -112,7 +140,13 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(inner, hidden, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.activate(x))
+
+    def activate(self, x: Tensor) -> Tensor:
+        """silu(gate(x)) * up(x); without gradients in the memory of gate(x)."""
+        if torch.is_grad_enabled():
+            return F.silu(self.gate_proj(x)) * self.up_proj(x)
+        return F.silu(self.gate_proj(x), inplace=True).mul_(self.up_proj(x))
 
 
 class Layer(nn.Module):
@@ -124,6 +158,17 @@ class Layer(nn.Module):
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def add_mlp(self, x: Tensor) -> None:
+        """x += mlp(norm(x)) for many rows x [rows, E], in place, without gradients."""
+        mlp, norm = self.mlp, self.post_attention_layernorm
+        fused = x.device.type == "cpu" and x.dtype == torch.float32 and mlp.up_proj.bias is None
+        if fused:
+            weights = mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight
+            lk.gated_mlp_(x, norm.weight, *weights, eps=norm.eps)
+            return
+        for rows in x.split(BLOCK_ROWS):
+            linear_into(mlp.down_proj, mlp.activate(norm(rows)), rows, add=True)
 
 
 class MemoryEmbedding(nn.Module):

@@ -8,6 +8,7 @@ from ._loader import backends, cpu_isa, load_library
 load_library()
 
 from .ops.compress_pack import compress_pack, compress_pack_, write_memory_  # noqa: E402
+from .ops.gated_mlp import gated_mlp_  # noqa: E402
 from .ops.memory_attention import memory_attention  # noqa: E402
 from .ref import ChunkSelection, gather_chunks, select_chunks  # noqa: E402
 from .rope import rope_tables  # noqa: E402
@@ -18,6 +19,7 @@ __all__ = [
     "compress_pack",
     "compress_pack_",
     "cpu_isa",
+    "gated_mlp_",
     "gather_chunks",
     "memory_attention",
     "rope_tables",

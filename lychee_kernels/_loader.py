@@ -15,6 +15,7 @@ IMPLEMENTATIONS = {
     "compress_pack_": ("cpp", "ref"),
     "write_memory_": ("cpp", "ref"),
     "memory_attention": ("cpp", "ref"),
+    "gated_mlp_": ("cpp", "ref"),
     "select_chunks": ("ref",),
     "gather_chunks": ("ref",),
 }

@@ -24,6 +24,7 @@ inline Vec min(Vec a, Vec b) { return a < b ? a : b; }
 inline Vec abs(Vec a) { return reinterpret_cast<Vec>(reinterpret_cast<IntVec>(a) & 0x7fffffff); }
 inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 inline Vec fms(Vec a, Vec b, Vec c) { return a * b - c; }
+inline Vec div(Vec a, Vec b) { return a / b; }
 inline float reduce_add(Vec a) { return (a[0] + a[2]) + (a[1] + a[3]); }
 inline float reduce_max(Vec a) {
   const float x = a[0] > a[1] ? a[0] : a[1], y = a[2] > a[3] ? a[2] : a[3];

@@ -2,6 +2,7 @@
 """The ops in plain PyTorch, same signatures: the specification, and the backend "ref"."""
 
 from .compress_pack import compress_pack, compress_pack_, write_memory_
+from .gated_mlp import gated_mlp_
 from .gather_chunks import gather_chunks
 from .memory_attention import memory_attention, memory_attention_backward
 from .select_chunks import ChunkSelection, select_chunks
@@ -11,6 +12,7 @@ __all__ = [
     "compress_pack",
     "compress_pack_",
     "gather_chunks",
+    "gated_mlp_",
     "memory_attention",
     "memory_attention_backward",
     "select_chunks",

@@ -1,0 +1,26 @@
+// SPDX-License-Identifier: Apache-2.0
+// gated_mlp compiled for AVX2.
+#if defined(__x86_64__)
+#include <immintrin.h>
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+// After the standard headers, so that nothing they define is compiled for this target.
+#pragma GCC target("avx2,fma,f16c")
+
+#define LYCHEE_VEC_HEADER "cpu/vec_avx2.h"
+#include "cpu/gated_mlp_kernel.inl"
+
+namespace lychee {
+
+void gated_mlp_norm_avx2(const GatedMlpParams& p, int64_t item) { norm_kernel(p, item); }
+
+void gated_mlp_pack_avx2(const GatedMlpParams& p, int64_t index) { pack_kernel(p, index); }
+
+void gated_mlp_avx2(const GatedMlpParams& p, int64_t item, float* scratch) {
+  gated_mlp_kernel(p, item, scratch);
+}
+
+}  // namespace lychee
+#endif
