@@ -14,7 +14,7 @@ from lychee_kernels import rope_tables
 
 ROOT = Path(lychee_kernels.__file__).resolve().parent.parent
 TESTS = Path(__file__).resolve().parent
-OPS = {"compress_pack", "compress_pack_", "write_memory_", "memory_attention"}
+OPS = {"compress_pack", "compress_pack_", "write_memory_", "memory_attention", "gated_mlp_"}
 CALL = (
     "import torch, lychee_kernels as lk; x = torch.ones(1, 1, 1, 8, dtype={dtype}); "
     "print(lk.memory_attention(x, x, x)[0].sum().item(), lk.backends(), lk.cpu_isa())"
@@ -46,7 +46,7 @@ def test_every_instruction_set_passes_the_accuracy_tests(isa):
         pytest.skip(f"this processor has no {isa}")
     if isa == lychee_kernels.cpu_isa():
         pytest.skip(f"{isa} is what the other tests use")
-    files = [str(TESTS / f"test_{op}.py") for op in ("memory_attention", "compress_pack")]
+    files = [str(TESTS / f"test_{op}.py") for op in ("memory_attention", "compress_pack", "gated_mlp")]
     # cacheprovider off: the two pytest processes would share one cache folder
     options = ["-q", "-p", "no:cacheprovider", "-k", "reference or rounds or batch or scores"]
     code, output = run("-m", "pytest", *options, *files, LYCHEE_CPU_ISA=isa)
@@ -72,7 +72,7 @@ def test_reference_backend_is_used_when_asked_for():
 
 def test_reference_backend_names_the_same_wrong_arguments():
     # the reference also takes float64 and any strides
-    files = [str(TESTS / f"test_{op}_errors.py") for op in ("memory_attention", "compress_pack")]
+    files = [str(TESTS / f"test_{op}_errors.py") for op in ("memory_attention", "compress_pack", "gated_mlp")]
     options = ["-q", "-p", "no:cacheprovider", "-k", "names and not float64 and not contiguous"]
     code, output = run("-m", "pytest", *options, *files, LYCHEE_BACKEND="ref")
     assert code == 0 and " passed" in output, output
