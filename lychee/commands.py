@@ -92,14 +92,13 @@ def ask(
     from lychee.generate import Sampling
 
     sampling = Sampling(temperature, top_k, top_p, seed)
-    if "-" not in map(str, files):
-        read_documents(files)
+    documents = read_documents(files)
     memory_model = load_model(model, ratio, max_new_tokens)
     # `ask` refuses a question that is too long as well, but only after the memory is built.
     memory_model.encode_question(question)
     started = time.perf_counter()
     with ProgressDisplay("Remembering", "tokens") as display:
-        bank = memory_model.remember(files, progress=display)
+        bank = memory_model.remember(documents, progress=display)
     build_seconds = time.perf_counter() - started
     with ProgressDisplay("Reading", "chunks") as display:
         answer = memory_model.ask(

@@ -144,6 +144,12 @@ def rope_parameters(raw: dict[str, Any]) -> dict[str, Any]:
         raise UnsupportedModelError(
             f"config: rope_scaling: expected {', '.join(missing)} for {kind}, got {sorted(rope)}"
         )
+    for name in (*needed[kind], "rope_theta"):
+        number = rope.get(name, raw.get(name, 1.0))
+        if not isinstance(number, (int, float)) or isinstance(number, bool) or number <= 0:
+            raise UnsupportedModelError(
+                f"config: {name}: expected a positive number, got {number!r}"
+            )
     return rope
 
 

@@ -11,13 +11,16 @@ from lychee.bank import Document
 from lychee.errors import InputError
 
 
-def read_documents(source: str | Path | Sequence[Path]) -> list[Document]:
-    """Documents of a text, a path or several paths; each must be non-empty UTF-8 text."""
+def read_documents(source: str | Path | Sequence[Path | Document]) -> list[Document]:
+    """Documents of a text, or of one or several paths; each must be non-empty UTF-8 text.
+
+    Documents that are read already pass as they are.
+    """
     if isinstance(source, str):
         documents = [Document("text", source)]
     else:
         paths = [source] if isinstance(source, Path) else list(source)
-        documents = [read_file(path) for path in paths]
+        documents = [p if isinstance(p, Document) else read_file(p) for p in paths]
     if not documents:
         raise InputError("documents: expected at least one, got none")
     for document in documents:

@@ -18,7 +18,8 @@ from lychee.config import MemoryConfig, ModelConfig
 from lychee.documents import read_documents
 from lychee.errors import CheckpointError, InputError, MemoryConfigError
 from lychee.generate import GREEDY, Sampling
-from lychee.reasoner import ReadingPrompts, Reasoner
+from lychee.prompts import ReadingPrompts
+from lychee.reasoner import Reasoner
 from lychee.tokenizer import TextTokenizer
 from lychee.trace import Answer, Source, Step, Usage
 from lychee.weights import load_decoder, read_config, save_decoder
@@ -37,11 +38,11 @@ class LycheeMemory:
     """A decoder with its compressor and reasoner."""
 
     def __init__(self, decoder, tokenizer: TextTokenizer, raw_config: dict, memory: MemoryConfig):
-        self.decoder, self.tokenizer, self.memory = decoder, tokenizer, memory
-        self.raw_config = raw_config
-        self.trained = True
-        self.compressor = Compressor(decoder)
-        prompts = ReadingPrompts.of_checkpoint(tokenizer, decoder.config, memory)
+        self.decoder, self.tokenizer = decoder, tokenizer
+        self.raw_config, self.memory = raw_config, memory
+        self.trained, self.compressor = True, Compressor(decoder)
+        ends = decoder.config.eos_token_ids
+        prompts = ReadingPrompts.of_checkpoint(tokenizer, memory.templates, ends)
         self.reasoner = Reasoner(decoder, prompts, memory)
 
     @classmethod
@@ -98,12 +99,12 @@ class LycheeMemory:
         self.tokenizer.save(folder)
 
     def remember(
-        self, source: str | Path | Sequence[Path], *, progress: Progress | None = None
+        self, source: str | Path | Sequence[Path | Document], *, progress: Progress | None = None
     ) -> MemoryBank:
         """Read texts once and compress them into a new bank.
 
         Args:
-            source: a text, or the path or paths of UTF-8 text files.
+            source: a text, the path or paths of UTF-8 text files, or documents.
             progress: called with (tokens done, tokens in all).
 
         Raises:
@@ -284,9 +285,8 @@ def source_of(bank: MemoryBank, step: Step) -> Source:
 
 
 def pick_device(device: str | torch.device) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(best if device == "auto" else device)
 
 
 def pick_dtype(dtype: str | torch.dtype, raw: dict, device: torch.device) -> torch.dtype:

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 from lychee.errors import MemoryConfigError
+from lychee.tokenizer import TextTokenizer
 
 # The update turn sees one chunk's memory; its output replaces the working memory.
 UPDATE = (
@@ -67,3 +69,30 @@ class PromptTemplate:
 
     def __len__(self) -> int:
         return sum(len(ids) for _, ids in self.sections) + len(self.tail)
+
+
+@dataclass(frozen=True)
+class ReadingPrompts:
+    """The two prompts and the initial notes as token ids, and the ids that end a turn."""
+
+    update: PromptTemplate
+    answer: PromptTemplate
+    no_memory: list[int]
+    stop: frozenset[int]
+
+    @classmethod
+    def of_checkpoint(
+        cls, tokenizer: TextTokenizer, templates: dict[str, str], stop: Iterable[int]
+    ) -> ReadingPrompts:
+        """The checkpoint's own prompts, or the defaults in the tokenizer's chat template."""
+        texts = dict(DEFAULTS)
+        if not templates:
+            for name in ("update", "answer"):
+                texts[name] = tokenizer.chat(texts[name])
+        texts |= templates
+        return cls(
+            PromptTemplate.from_text(texts["update"], tokenizer.encode),
+            PromptTemplate.from_text(texts["answer"], tokenizer.encode),
+            tokenizer.encode(texts["no_memory"]),
+            frozenset(stop),
+        )

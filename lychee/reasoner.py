@@ -15,43 +15,15 @@ from dataclasses import dataclass, field
 import torch
 
 from lychee.bank import MemoryBank
-from lychee.config import MemoryConfig, ModelConfig
+from lychee.config import MemoryConfig
 from lychee.decoder import Decoder, Pages
 from lychee.generate import GREEDY, PromptBatch, Sampling, generate
-from lychee.prompts import DEFAULTS, PromptTemplate
-from lychee.tokenizer import TextTokenizer
+from lychee.prompts import ReadingPrompts
 
 # Chunks checked in one pass, over all questions; more gains little and costs memory.
 MAX_ROWS = 32
 
 OnRead = Callable[[int, int, list[int], bool], None]
-
-
-@dataclass(frozen=True)
-class ReadingPrompts:
-    """The two prompts and the initial notes as token ids, and the ids that end a turn."""
-
-    update: PromptTemplate
-    answer: PromptTemplate
-    no_memory: list[int]
-    stop: frozenset[int]
-
-    @classmethod
-    def of_checkpoint(
-        cls, tokenizer: TextTokenizer, config: ModelConfig, memory: MemoryConfig
-    ) -> ReadingPrompts:
-        """The checkpoint's own prompts, or the defaults in the tokenizer's chat template."""
-        texts = dict(DEFAULTS)
-        if not memory.templates:
-            for name in ("update", "answer"):
-                texts[name] = tokenizer.chat(texts[name])
-        texts |= memory.templates
-        return cls(
-            PromptTemplate.from_text(texts["update"], tokenizer.encode),
-            PromptTemplate.from_text(texts["answer"], tokenizer.encode),
-            tokenizer.encode(texts["no_memory"]),
-            frozenset(config.eos_token_ids),
-        )
 
 
 @dataclass

@@ -116,16 +116,11 @@ class NeedleMaker:
         *,
         key: str | None = None,
         attribute: str | None = None,
-        wording: int | None = None,
     ) -> Needle:
-        """A needle; whatever is not given is drawn. `wording` 0 is RULER's own."""
+        """A needle; whatever is not given is drawn."""
         draw = self.random
         if kind is None:
             kind = draw.choice(KINDS)
-        if self.single:
-            wording = SINGLE_WORDING
-        if wording == 0 and attribute is None:
-            attribute = ATTRIBUTES[kind][0]
         fields = {
             "attribute": attribute or draw.choice(ATTRIBUTES[kind]),
             "key": key or self.key(),
@@ -133,8 +128,8 @@ class NeedleMaker:
         }
         while fields["value"] in fields["key"]:
             fields["value"] = self.value(kind)
-        statement = draw.choice(STATEMENTS) if wording is None else STATEMENTS[wording]
-        question = draw.choice(QUESTIONS) if wording is None else QUESTIONS[wording]
+        statement = STATEMENTS[SINGLE_WORDING] if self.single else draw.choice(STATEMENTS)
+        question = QUESTIONS[SINGLE_WORDING] if self.single else draw.choice(QUESTIONS)
         return Needle(
             kind, **fields, statement=statement.format(**fields), question=question.format(**fields)
         )

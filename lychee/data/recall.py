@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lychee.data.needles import Needle, NeedleMaker
-from lychee.prompts import PromptTemplate
+from lychee.prompts import ReadingPrompts
 from lychee.tokenizer import TextTokenizer
 
 IGNORED = -100
@@ -43,29 +43,20 @@ class RecallBatch:
     final_labels: Tensor
 
 
-@dataclass(frozen=True)
-class Templates:
-    """The two prompts and the initial working memory, as ids, and the id that ends a turn."""
-
-    update: PromptTemplate
-    answer: PromptTemplate
-    no_memory: list[int]
-    end: int
-
-
 class RecallSampler:
     """Draws batches; all randomness comes from one seeded generator, so runs can resume."""
 
     def __init__(
         self,
         tokenizer: TextTokenizer,
-        templates: Templates,
+        prompts: ReadingPrompts,
         books: list[list[int]],
         words: list[str],
         seed: int,
     ):
         self.tokenizer = tokenizer
-        self.templates = templates
+        self.prompts = prompts
+        (self.end,) = prompts.stop
         self.books = books
         self.random = random.Random(seed)
         self.makers = {
@@ -127,22 +118,22 @@ class RecallSampler:
         asked = self.random.choice(needles) if found else self.maker.unrelated(needles)
         # Two needles of a chunk may share key and attribute; the later one counts.
         told = [n.value for n in needles if (n.key, n.attribute) == (asked.key, asked.attribute)]
-        notes = self.templates.no_memory
+        notes = self.prompts.no_memory
         if state != "initial":
             notes = self.encode_notes(asked.key, noted)
         target = self.encode_notes(asked.key, told[-1] if found else noted)
         question = self.tokenizer.encode(self.maker.reword(asked))
         case = ("replaced" if noted else "found") if found else ("kept" if noted else "absent")
-        prompt = self.templates.update.render(question, notes)
-        return Turn(prompt, [*target, self.templates.end], case)
+        prompt = self.prompts.update.render(question, notes)
+        return Turn(prompt, [*target, self.end], case)
 
     def final_turn(self) -> Turn:
         """The answer from the notes: the value noted, or that nothing was found."""
         asked = self.maker.make()
         value = asked.value if self.random.random() < 0.8 else None
         question = self.tokenizer.encode(asked.question)
-        prompt = self.templates.answer.render(question, self.encode_notes(asked.key, value))
-        return Turn(prompt, [*self.encode_value(value), self.templates.end], "final")
+        prompt = self.prompts.answer.render(question, self.encode_notes(asked.key, value))
+        return Turn(prompt, [*self.encode_value(value), self.end], "final")
 
     def encode_notes(self, key: str, value: str | None) -> list[int]:
         """Notes name the key right before the value, so that the value is looked up at the key's
@@ -150,7 +141,7 @@ class RecallSampler:
         return [*self.tokenizer.encode(" " + key), *self.encode_value(value)]
 
     def encode_value(self, value: str | None) -> list[int]:
-        return self.templates.no_memory if value is None else self.tokenizer.encode(" " + value)
+        return self.prompts.no_memory if value is None else self.tokenizer.encode(" " + value)
 
 
 def pad_turns(turns: list[Turn]) -> tuple[Tensor, Tensor]:

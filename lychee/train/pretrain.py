@@ -21,11 +21,11 @@ from torch import Tensor
 from lychee.compressor import Compressor, MemoryTensors, TensorSink
 from lychee.config import MemoryConfig, ModelConfig
 from lychee.data.needles import word_list
-from lychee.data.recall import IGNORED, RecallBatch, RecallSampler, Templates
+from lychee.data.recall import IGNORED, RecallBatch, RecallSampler
 from lychee.errors import InputError
 from lychee.memory_model import LycheeMemory
-from lychee.prompts import PromptTemplate
-from lychee.tokenizer import END, TextTokenizer
+from lychee.prompts import ReadingPrompts
+from lychee.tokenizer import TextTokenizer
 from lychee.train.checkpoint import load_state, save_state
 from lychee.train.initialise import new_decoder
 
@@ -103,16 +103,6 @@ def load_books(folder: Path, names: tuple[str, ...]) -> list[str]:
     return [(folder / name).read_text(encoding="utf-8", errors="replace") for name in names]
 
 
-def make_templates(tokenizer: TextTokenizer, texts: dict[str, str]) -> Templates:
-    """Prompts as token ids; every turn ends with the tokenizer's end token."""
-    return Templates(
-        PromptTemplate.from_text(texts["update"], tokenizer.encode),
-        PromptTemplate.from_text(texts["answer"], tokenizer.encode),
-        tokenizer.encode(texts["no_memory"]),
-        tokenizer.id_of(END),
-    )
-
-
 class Pretraining:
     """State of one run; `run` goes from wherever it stands to the last step."""
 
@@ -133,7 +123,9 @@ class Pretraining:
         self.compressor = Compressor(self.decoder)
         self.sampler = RecallSampler(
             self.tokenizer,
-            make_templates(self.tokenizer, self.memory.templates),
+            ReadingPrompts.of_checkpoint(
+                self.tokenizer, self.memory.templates, config.eos_token_ids
+            ),
             [self.tokenizer.encode(text) for text in texts],
             word_list(texts, self.tokenizer.encode),
             recipe.seed,

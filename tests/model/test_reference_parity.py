@@ -17,8 +17,8 @@ from lychee.bank import PAGE_TOKENS, Chunk, MemoryBank
 from lychee.compressor import Compressor
 from lychee.config import MemoryConfig
 from lychee.generate import Sampling, probabilities
-from lychee.prompts import PromptTemplate
-from lychee.reasoner import ReadingPrompts, Reasoner
+from lychee.prompts import PromptTemplate, ReadingPrompts
+from lychee.reasoner import Reasoner
 from lychee.weights import load_decoder, read_config
 
 BESIDE = Path(__file__).resolve().parents[3] / "shared" / "oracle"

@@ -7,8 +7,8 @@ import pytest
 
 from lychee.data.needles import KINDS, NeedleMaker, hide_needles, word_list
 from lychee.data.recall import IGNORED, RecallSampler
-from lychee.tokenizer import TextTokenizer
-from lychee.train.pretrain import make_templates
+from lychee.prompts import ReadingPrompts
+from lychee.tokenizer import END, TextTokenizer
 
 WORDS = [f"{first}{second}ing" for first in "bdfglmprst" for second in ("ar", "el", "on", "uck")]
 TEXT = "It was a long day. Nobody came! Who would have thought so? The end came late. " * 40
@@ -72,16 +72,17 @@ def test_too_few_words_are_refused():
 def sampler():
     texts = [TEXT + " ".join(WORDS * 20)]
     tokenizer = TextTokenizer.train(texts, 600, number_repeats=0)
-    templates = make_templates(
+    prompts = ReadingPrompts.of_checkpoint(
         tokenizer,
         {
             "update": "<|memory|>{memory}<|question|>{question}<|update|>",
             "answer": "<|memory|>{memory}<|question|>{question}<|answer|>",
             "no_memory": " none",
         },
+        [tokenizer.id_of(END)],
     )
     books = [tokenizer.encode(texts[0])]
-    return RecallSampler(tokenizer, templates, books, WORDS * 10, seed=0)
+    return RecallSampler(tokenizer, prompts, books, WORDS * 10, seed=0)
 
 
 def test_chunks_hold_their_needles(sampler):
@@ -95,7 +96,7 @@ def test_chunks_hold_their_needles(sampler):
 
 def test_targets_are_what_the_case_says(sampler):
     seen = set()
-    none = sampler.tokenizer.decode(sampler.templates.no_memory).strip()
+    none = sampler.tokenizer.decode(sampler.prompts.no_memory).strip()
     for _ in range(200):
         needles = [sampler.maker.make() for _ in range(3)]
         turn = sampler.update_turn(needles)
@@ -104,7 +105,7 @@ def test_targets_are_what_the_case_says(sampler):
         stated = [n.value for n in needles if n.key == key]
         prompt = sampler.tokenizer.decode(turn.prompt)
         assert key in prompt
-        assert turn.target[-1] == sampler.templates.end
+        assert turn.target[-1] == sampler.end
         if turn.case in ("found", "replaced"):
             assert value in stated
         elif turn.case == "kept":
@@ -123,4 +124,4 @@ def test_labels_line_up(sampler):
         assert places == list(range(places[0], places[-1] + 1))
         # What is predicted at one place is fed at the next.
         assert inputs[places[1:]].tolist() == labels[places[:-1]].tolist()
-        assert labels[places[-1]] == sampler.templates.end
+        assert labels[places[-1]] == sampler.end
