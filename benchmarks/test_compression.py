@@ -4,15 +4,15 @@
 import gc
 import json
 import os
-import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+import machine
 import pytest
 import released_route
 import torch
+from timing import Method, interleave
 
 from lychee.bank import Chunk, MemoryBank
 from lychee.compressor import Compressor
@@ -30,7 +30,7 @@ SHAPE = {
     "num_key_value_heads": 2,
 }
 CHUNK, WINDOW, RATIO = 4096, 2048, 4
-ROUNDS = 5
+SECONDS = 12
 
 
 def make_decoder() -> Decoder:
@@ -47,14 +47,6 @@ def decoder():
     return make_decoder()
 
 
-@pytest.fixture(params=[1, 2], ids=lambda threads: f"{threads}-threads")
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 @torch.inference_mode()
 def compress(decoder, ids):
     memory = MemoryConfig(window=WINDOW, chunk=CHUNK, ratio=RATIO, param=("q", "k", "v"))
@@ -65,46 +57,34 @@ def compress(decoder, ids):
     return bank
 
 
-def measure_fma_peak() -> float:
-    """GFLOP/s of a matrix product that stays in cache, as the machine's yardstick of the moment."""
-    a, b = torch.randn(512, 512), torch.randn(512, 768)
-    best = min(timed(lambda: a @ b) for _ in range(30))
-    return 2 * 512 * 512 * 768 / best / 1e9
-
-
-def timed(work) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
-
-
+@pytest.mark.parametrize("threads", machine.THREADS, indirect=True)
 def test_compression_against_released_route(benchmark, decoder, threads):
     ids = torch.randint(0, SHAPE["vocab_size"], (CHUNK,))
-    bank = compress(decoder, ids)
-    theirs = released_route.compress(decoder, ids, RATIO, WINDOW)
-    for layer, recorded in enumerate(theirs):
-        ours = bank.kv[:, layer].permute(2, 1, 0, 3, 4).flatten(2, 3)
-        torch.testing.assert_close(ours, recorded, atol=5e-4, rtol=0)
+    ours = Method(compress, [{"decoder": decoder, "ids": ids}])
+    arguments = {"decoder": decoder, "ids": ids, "ratio": RATIO, "window": WINDOW}
+    theirs = Method(released_route.compress, [arguments])
+    bank = ours.calibrate()
+    for layer, recorded in enumerate(theirs.calibrate()):
+        kept = bank.kv[:, layer].permute(2, 1, 0, 3, 4).flatten(2, 3)
+        torch.testing.assert_close(kept, recorded, atol=5e-4, rtol=0)
 
-    peer = []
-
-    def both():
-        peer.append(timed(lambda: released_route.compress(decoder, ids, RATIO, WINDOW)))
-
-    benchmark.pedantic(
-        compress, args=(decoder, ids), setup=both, rounds=ROUNDS, warmup_rounds=1, iterations=1
-    )
-    ours = benchmark.stats.stats.median
-    theirs = statistics.median(peer[1:])
+    timings = interleave(benchmark, ours, [theirs], SECONDS)
+    if not timings:
+        return
+    seconds = {"ours": timings[0].median, "released_route": timings[1].median}
+    ratio = seconds["released_route"] / seconds["ours"]
     benchmark.extra_info |= {
+        "op": "lychee.compressor",
+        "shape": f"{CHUNK} tokens, 42.5M parameters",
+        "dtype": "float32",
+        "bank_dtype": "float32",
         "threads": threads,
-        "tokens_per_second": CHUNK / ours,
-        "released_route_tokens_per_second": CHUNK / theirs,
-        "ratio": {"released_route": theirs / ours},
-        "sgemm_gflops": measure_fma_peak(),
+        "ratio": {"released_route": ratio},
+        "seconds": seconds,
+        "spread": (timings[0].p20, timings[0].p80),
+        "tokens_per_second": {name: CHUNK / median for name, median in seconds.items()},
     }
-    print(f"\n{threads} threads: {CHUNK / ours:.0f} tokens/s, released route {CHUNK / theirs:.0f}")
-    assert theirs / ours > 1
+    assert ratio > 1
 
 
 def print_peak_memory() -> None:
@@ -122,6 +102,7 @@ def resident(field: str) -> float:
     return int(next(line for line in lines if line.startswith(field)).split()[1]) / 1024
 
 
+@pytest.mark.parametrize("threads", machine.THREADS, indirect=True)
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_peak_memory_of_a_chunk(benchmark, threads):
     """A fresh process, so that nothing was allocated before; float32, bank included."""
@@ -140,5 +121,4 @@ def test_peak_memory_of_a_chunk(benchmark, threads):
     )
     measured = json.loads(run.stdout)
     benchmark.extra_info |= {"threads": threads} | measured
-    print(f"\n{threads} threads: one chunk adds {measured['peak_extra_mib']:.0f} MiB at its peak")
     assert measured["peak_extra_mib"] < 190

@@ -127,6 +127,19 @@ def test_every_op_has_its_places():
     assert stems("tests/kernels", "test_*.py") >= compiled | REFERENCE_ONLY
 
 
+def test_every_op_is_benchmarked():
+    """A claim about speed needs an entry that anybody can run."""
+    entries = [
+        keyword.value.value
+        for node in ast.walk(tree_of(ROOT / "benchmarks/registry.py"))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "Entry"
+        for keyword in node.keywords
+        if keyword.arg == "op"
+    ]
+    assert len(entries) == len(set(entries))
+    assert {re.sub(r"_bwd$", "", op) for op in entries} == schema_ops() | REFERENCE_ONLY
+
+
 def documented_arguments(docstring):
     """Names in the Args section, in order; `a, b: text` documents both a and b."""
     section = re.search(r"^( *)Args:\n((?:\1 +.*\n|\s*\n)+)", docstring + "\n", re.M)

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options, the threads fixture and the closing table of the benchmarks."""
+
+import os
+from pathlib import Path
+
+import machine
+import pytest
+import table
+import torch
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("lychee")
+    group.addoption("--table", type=Path, help="also write the table to this file, as markdown")
+    group.addoption(
+        "--plain-malloc",
+        action="store_true",
+        help="let malloc return freed memory to the system, its default; see benchmarks/README.md",
+    )
+
+
+def pytest_configure(config):
+    if os.environ.get("LYCHEE_POISON", "0") != "0":
+        raise pytest.UsageError("LYCHEE_POISON: expected unset for benchmarks, got a value")
+    if not config.getoption("--plain-malloc"):
+        machine.keep_freed_memory()
+    # The closing table says it in one line per case.
+    config.option.benchmark_quiet = True
+
+
+def pytest_report_header(config):
+    about = machine.describe()
+    kept = not config.getoption("--plain-malloc")
+    threads = (f"{n} threads: {peaks}" for n, peaks in machine.measure_peaks().items())
+    return [
+        f"{about['processor']}, {about['cores']} cores, cache {about['last_level_cache_mib']} MiB, "
+        f"torch {about['torch']}, kernels {about['isa']}, malloc "
+        f"{'keeps' if kept else 'returns'} freed memory",
+        *threads,
+    ]
+
+
+def pytest_benchmark_update_machine_info(config, machine_info):
+    machine_info["lychee"] = machine.describe()
+    machine_info["lychee"]["plain_malloc"] = config.getoption("--plain-malloc")
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    session = getattr(config, "_benchmarksession", None)
+    infos = [b.extra_info for b in session.benchmarks if b.extra_info] if session else []
+    if not infos:
+        return
+    header = pytest_report_header(config)
+    terminalreporter.section("ops against their peers")
+    for line in [*header, "", *table.lines(infos), *table.notes(infos)]:
+        terminalreporter.write_line(line)
+    if path := config.getoption("--table"):
+        parts = [*header, "", *table.lines(infos, markdown=True), "", *table.notes(infos)]
+        path.write_text("\n".join(parts) + "\n")
+
+
+@pytest.fixture
+def threads(request):
+    """Number of threads, as parametrised."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
