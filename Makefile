@@ -17,7 +17,7 @@ READY := $(VENV)/.lychee-ready
 CONSTRAINT := $(VENV)/.lychee-torch
 VENV_FLAGS := $(if $(filter installed,$(TORCH)),--system-site-packages)
 SOURCES := $(shell find csrc -type f 2>/dev/null)
-CPP_FILES := find csrc tests -type f \
+CPP_FILES := find csrc tests benchmarks -type f \
 	\( -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' \) -print0
 
 # Read by the shell from its environment, so that a requirement may hold < and > and pip options.
