@@ -48,15 +48,17 @@ def pytest_benchmark_update_machine_info(config, machine_info):
 
 def pytest_terminal_summary(terminalreporter, config):
     session = getattr(config, "_benchmarksession", None)
-    infos = [b.extra_info for b in session.benchmarks if b.extra_info] if session else []
+    benchmarks = session.benchmarks if session else []
+    every = [benchmark.extra_info for benchmark in benchmarks]
+    infos = [info for info in every if "ratio" in info]
     if not infos:
         return
     header = pytest_report_header(config)
     terminalreporter.section("ops against their peers")
-    for line in [*header, "", *table.lines(infos), *table.notes(infos)]:
+    for line in [*header, "", *table.lines(infos), *table.notes(every)]:
         terminalreporter.write_line(line)
     if path := config.getoption("--table"):
-        parts = [*header, "", *table.lines(infos, markdown=True), "", *table.notes(infos)]
+        parts = [*header, "", *table.lines(infos, markdown=True), "", *table.notes(every)]
         path.write_text("\n".join(parts) + "\n")
 
 

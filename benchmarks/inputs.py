@@ -100,6 +100,20 @@ def compress_pack(case: Case) -> Arguments:
     return {"ours": rotating(case, ours, *"qkv"), "eager": rotating(case, eager, *names)}
 
 
+def gated_mlp(case: Case) -> Arguments:
+    rows, hidden, intermediate = case.shape.rows, case.shape.hidden, case.shape.intermediate
+    arguments = {
+        "x": torch.randn(rows, hidden),
+        "norm_weight": 1 + 0.1 * torch.randn(hidden),
+        "gate": torch.randn(intermediate, hidden) * hidden**-0.5,
+        "up": torch.randn(intermediate, hidden) * hidden**-0.5,
+        "down": torch.randn(hidden, intermediate) * intermediate**-0.5,
+        "eps": 1e-6,
+    }
+    ours = arguments | {"scratch": torch.empty(rows, hidden)}
+    return {"ours": [ours], "eager": [arguments]}
+
+
 def select_chunks(case: Case) -> Arguments:
     chunks, pages_per_chunk = case.shape.chunks, CHUNK_TOKENS // PAGE
     arguments = {

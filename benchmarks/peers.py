@@ -49,6 +49,12 @@ def in_pages(x, page_tokens):
     return x.unflatten(3, (-1, page_tokens)).permute(0, 3, 1, 2, 4, 5)
 
 
+def gated_mlp(x, norm_weight, gate, up, down, eps):
+    """Norm, gated feed-forward block and residual of x [rows, hidden]."""
+    normed = F.rms_norm(x, norm_weight.shape, norm_weight, eps)
+    return x + F.linear(F.silu(F.linear(normed, gate)) * F.linear(normed, up), down)
+
+
 def select_chunks(scores, threshold, max_chunks, chunk_pages, chunk_tokens, page_tokens):
     """The pages of one row's best chunks, by nonzero and indexing: sizes depend on the data."""
     chunks = (scores[0] >= threshold).nonzero()[:, 0]

@@ -54,6 +54,15 @@ class Window(Heads):
 
 
 @dataclass(frozen=True)
+class FeedForward(Shape):
+    """gated_mlp_: rows of a window, in the model of test_compression.py."""
+
+    rows: int = 2560
+    hidden: int = 512
+    intermediate: int = 1408
+
+
+@dataclass(frozen=True)
 class Selection(Shape):
     """select_chunks: chunks of 1024 memory tokens, of which at most `budget` are selected."""
 
@@ -110,6 +119,7 @@ def cases(shapes, *dtypes) -> tuple[Case, ...]:
 FLOAT, HALF, BYTE = torch.float32, torch.bfloat16, torch.int8
 
 COMPRESS_PACK = cases([Window(), Window(batch=8, cold=True)], (FLOAT, BYTE), (HALF, BYTE))
+GATED_MLP = cases([FeedForward()], (FLOAT, None))
 SELECT_CHUNKS = cases([Selection(), Selection(chunks=4096)], (FLOAT, None))
 GATHER_CHUNKS = cases([Gather(), Gather(tokens=8192, cold=True)], (HALF, BYTE))
 DECODE = cases(

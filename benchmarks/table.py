@@ -51,9 +51,15 @@ def lines(infos: list[dict], *, markdown: bool = False) -> list[str]:
 
 
 def notes(infos: list[dict]) -> list[str]:
-    """Why a peer is missing, each reason once."""
+    """Peak memory where it was measured, and why a peer is missing, each reason once."""
+    memory = [
+        f"compressing one chunk adds {info['peak_extra_mib']:.0f} MiB at its peak, "
+        f"threads {info['threads']}"
+        for info in infos
+        if "peak_extra_mib" in info
+    ]
     reasons = {}
     for info in infos:
         for peer, reason in info.get("skipped", {}).items():
             reasons.setdefault(f"{peer} left out: {reason}", []).append(info["op"])
-    return [f"{reason} ({', '.join(sorted(set(ops)))})" for reason, ops in reasons.items()]
+    return memory + [f"{reason} ({', '.join(sorted(set(ops)))})" for reason, ops in reasons.items()]
