@@ -97,6 +97,7 @@ class NeedleMaker:
         self.words = words
         self.random = seed if isinstance(seed, random.Random) else random.Random(seed)
         self.single = single
+        self.numbers = 0.5  # share among needles whose kind is drawn
 
     def key(self) -> str:
         """One word, or two."""
@@ -120,7 +121,7 @@ class NeedleMaker:
         """A needle; whatever is not given is drawn."""
         draw = self.random
         if kind is None:
-            kind = draw.choice(KINDS)
+            kind = "number" if draw.random() < self.numbers else "word"
         fields = {
             "attribute": attribute or draw.choice(ATTRIBUTES[kind]),
             "key": key or self.key(),

@@ -71,12 +71,15 @@ class RecallSampler:
         questions: int,
         facts: tuple[int, int],
         single: float = 0.0,
+        numbers: float = 0.5,
     ) -> RecallBatch:
         """`size` chunks of `chunk` tokens with facts[0] to facts[1] needles, `questions` each.
 
-        `single`: share of batches in the simplest form, see `NeedleMaker`.
+        `single`: share of batches in the simplest form, see `NeedleMaker`; `numbers`: share of
+        needles whose value is a number.
         """
         self.maker = self.makers[self.random.random() < single]
+        self.maker.numbers = numbers
         chunks, turns, final = [], [], []
         for _ in range(size):
             count = self.random.randint(*facts)

@@ -45,6 +45,7 @@ class Stage:
     learning_rate: tuple[float, float]
     ratios: tuple[int, ...] = (4,)
     single: float = 0.0
+    numbers: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,7 @@ class Pretraining:
             group["lr"] = self.recipe.learning_rate_at(self.step)
         ratio = self.sampler.random.choice(stage.ratios)
         batch = self.sampler.batch(
-            stage.batch, stage.chunk, stage.questions, stage.facts, stage.single
+            stage.batch, stage.chunk, stage.questions, stage.facts, stage.single, stage.numbers
         )
         loss, metrics = self.loss(batch, ratio)
         self.optimizer.zero_grad(set_to_none=True)
