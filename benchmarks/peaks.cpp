@@ -33,7 +33,9 @@ extern "C" {
 long flops_per_iteration() { return 2L * kLanes * kAccumulators; }
 
 float multiply_add(long iterations, float factor, float term) {
-  Vector sums[kAccumulators] = {};
+  Vector sums[kAccumulators];
+  // different values, or a compiler may see that one sum does for all
+  for (int j = 0; j < kAccumulators; ++j) sums[j] = Vector{} + (term + j);
   for (long i = 0; i < iterations; ++i)
     for (int j = 0; j < kAccumulators; ++j) sums[j] = sums[j] * factor + term;
   return reduce(sums);
