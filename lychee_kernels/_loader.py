@@ -16,8 +16,9 @@ IMPLEMENTATIONS = {
     "write_memory_": ("cpp", "ref"),
     "memory_attention": ("cpp", "ref"),
     "gated_mlp_": ("cpp", "ref"),
-    "select_chunks": ("ref",),
-    "gather_chunks": ("ref",),
+    "select_chunks": ("cpp", "ref"),
+    "gather_chunks": ("cpp", "ref"),
+    "gather_chunks_": ("cpp", "ref"),
 }
 
 

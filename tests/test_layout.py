@@ -24,8 +24,6 @@ CPP = sorted(
 # Schemas that are queries, not ops, and schemas that live in another op's files.
 QUERIES = {"cpu_isa"}
 VARIANTS = {"write_memory": "compress_pack"}
-# Ops that are plain PyTorch so far: public, documented and tested, but without a kernel.
-REFERENCE_ONLY = {"select_chunks", "gather_chunks"}
 
 # At most three entries, each with its reason: {"path": "why this file or function is longer"}.
 LONGER_THAN_ALLOWED = {}
@@ -78,11 +76,10 @@ def test_kernels_import_nothing_above_them():
 
 def test_references_import_only_torch():
     """A reference is the specification: it may not lean on the code it specifies."""
-    torch_only = r"(torch|math|__future__|collections|typing)(\.|$)"
+    allowed = re.compile(
+        r"(torch|math|__future__|collections|typing|lychee_kernels\.(ref|rope))(\.|$)"
+    )
     for path in (ROOT / "lychee_kernels/ref").glob("*.py"):
-        # Without a file in ops/, the reference is the public function and checks its arguments.
-        own = "ref|rope|_check|_loader" if path.stem in REFERENCE_ONLY else "ref|rope"
-        allowed = re.compile(rf"{torch_only}|lychee_kernels\.({own})(\.|$)")
         assert [name for name in imported_by(path) if not allowed.match(name)] == [], name_of(path)
 
 
@@ -120,11 +117,10 @@ def test_every_op_has_its_places():
     """An op without a reference, kernel, public function or test is not finished."""
     compiled = schema_ops()
     assert compiled
-    assert compiled.isdisjoint(REFERENCE_ONLY)
     assert stems("csrc/cpu", "*.cpp") >= compiled
     assert stems("lychee_kernels/ops") == compiled
-    assert stems("lychee_kernels/ref") == compiled | REFERENCE_ONLY
-    assert stems("tests/kernels", "test_*.py") >= compiled | REFERENCE_ONLY
+    assert stems("lychee_kernels/ref") == compiled
+    assert stems("tests/kernels", "test_*.py") >= compiled
 
 
 def test_every_op_is_benchmarked():
@@ -137,7 +133,7 @@ def test_every_op_is_benchmarked():
         if keyword.arg == "op"
     ]
     assert len(entries) == len(set(entries))
-    assert {re.sub(r"_bwd$", "", op) for op in entries} == schema_ops() | REFERENCE_ONLY
+    assert {re.sub(r"_bwd$", "", op) for op in entries} == schema_ops()
 
 
 def documented_arguments(docstring):

@@ -124,5 +124,37 @@ inline void transpose(Vec (&r)[kLanes]) {
   }
 }
 
+// a, then b.
+template <class T>
+inline void store_pair(T* p, Vec a, Vec b) {
+  store(p, a);
+  store(p + kLanes, b);
+}
+
+// Each lane's high 16 bits are x in bfloat16, rounded to nearest even.
+inline __m512i round_to_high(Vec x) {
+  const __m512i bits = _mm512_castps_si512(x);
+  const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+  const __m512i bias =
+      _mm512_mask_mov_epi32(_mm512_set1_epi32(0x7fff), odd, _mm512_set1_epi32(0x8000));
+  return _mm512_mask_add_epi32(_mm512_set1_epi32(0x7fc00000), _mm512_cmp_ps_mask(x, x, _CMP_ORD_Q),
+                               bits, bias);
+}
+inline void store_pair(BFloat16* p, Vec a, Vec b) {
+  const __m512i high =
+      _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27,
+                       25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+  _mm512_storeu_si512(p, _mm512_permutex2var_epi16(round_to_high(a), high, round_to_high(b)));
+}
+
+// Copies past the caches; out is aligned to 64 bytes, bytes is a multiple of 64. Other threads see
+// it after stream_end.
+inline void stream(char* out, const char* in, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(out + i), _mm512_loadu_si512(in + i));
+  }
+}
+inline void stream_end() { _mm_sfence(); }
+
 }  // namespace
 }  // namespace lychee

@@ -133,5 +133,16 @@ inline void transpose(Vec (&r)[kLanes]) {
   }
 }
 
+// a, then b.
+template <class T>
+inline void store_pair(T* p, Vec a, Vec b) {
+  store(p, a);
+  store(p + kLanes, b);
+}
+
+// Copies; elsewhere past the caches, which takes 64-byte alignment and stream_end.
+inline void stream(char* out, const char* in, int64_t bytes) { memcpy(out, in, bytes); }
+inline void stream_end() {}
+
 }  // namespace
 }  // namespace lychee

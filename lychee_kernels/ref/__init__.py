@@ -3,7 +3,7 @@
 
 from .compress_pack import compress_pack, compress_pack_, write_memory_
 from .gated_mlp import gated_mlp_
-from .gather_chunks import gather_chunks
+from .gather_chunks import gather_chunks, gather_chunks_
 from .memory_attention import memory_attention, memory_attention_backward
 from .select_chunks import ChunkSelection, select_chunks
 
@@ -11,8 +11,9 @@ __all__ = [
     "ChunkSelection",
     "compress_pack",
     "compress_pack_",
-    "gather_chunks",
     "gated_mlp_",
+    "gather_chunks",
+    "gather_chunks_",
     "memory_attention",
     "memory_attention_backward",
     "select_chunks",
