@@ -5,6 +5,7 @@
 // clang-format off
 STABLE_TORCH_LIBRARY(lychee, m) {
   m.def("compress_pack(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, int batch, int ratio, Tensor? positions, int pos0) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("compress_pack_bwd(Tensor? grad, Tensor? mem_grad, Tensor? cos, Tensor? sin, int batch, int ratio, Tensor? positions, int pos0, bool memory_only) -> Tensor");
   m.def("compress_pack_(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) kv, Tensor(b!)? kv_scale, Tensor page_table, Tensor slot0, int batch, int ratio, int layer, Tensor? mem_valid, Tensor? positions, int pos0) -> (Tensor, Tensor, Tensor)");
   m.def("write_memory_(Tensor k, Tensor v, Tensor(a!) kv, Tensor(b!)? kv_scale, Tensor page_table, Tensor slot0, int batch, int layer, Tensor? mem_valid) -> ()");
   m.def("memory_attention(Tensor q, Tensor k, Tensor v, Tensor? kv, Tensor? kv_scale, int layer, Tensor? page_table, Tensor? page_len, Tensor? page_base, Tensor? num_pages, Tensor? valid, Tensor? cos, Tensor? sin, int rope_mode, int query_stride, float softmax_scale) -> (Tensor, Tensor)");

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// compress_pack and write_memory compiled for AVX-512.
+// compress_pack, its backward and write_memory compiled for AVX-512.
 #if defined(__x86_64__)
 #include <immintrin.h>
 #include <math.h>
@@ -10,7 +10,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 
 #define LYCHEE_VEC_HEADER "cpu/vec_avx512.h"
-#include "cpu/compress_pack_kernel.inl"
+#include "cpu/compress_pack_bwd_kernel.inl"
 
 namespace lychee {
 
@@ -20,6 +20,10 @@ void compress_pack_avx512(const CompressPackParams& p, int64_t begin, int64_t en
 
 void write_memory_avx512(const CompressPackParams& p, int64_t begin, int64_t end) {
   write_memory_kernel(p, begin, end);
+}
+
+void compress_pack_bwd_avx512(const CompressPackBwdParams& p, int64_t begin, int64_t end) {
+  compress_pack_bwd_kernel(p, begin, end);
 }
 
 }  // namespace lychee

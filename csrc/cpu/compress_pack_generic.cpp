@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// compress_pack and write_memory compiled for any CPU.
+// compress_pack, its backward and write_memory compiled for any CPU.
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
 
 #define LYCHEE_VEC_HEADER "cpu/vec_generic.h"
-#include "cpu/compress_pack_kernel.inl"
+#include "cpu/compress_pack_bwd_kernel.inl"
 
 namespace lychee {
 
@@ -15,6 +15,10 @@ void compress_pack_generic(const CompressPackParams& p, int64_t begin, int64_t e
 
 void write_memory_generic(const CompressPackParams& p, int64_t begin, int64_t end) {
   write_memory_kernel(p, begin, end);
+}
+
+void compress_pack_bwd_generic(const CompressPackBwdParams& p, int64_t begin, int64_t end) {
+  compress_pack_bwd_kernel(p, begin, end);
 }
 
 }  // namespace lychee

@@ -156,5 +156,63 @@ inline void stream(char* out, const char* in, int64_t bytes) {
 }
 inline void stream_end() { _mm_sfence(); }
 
+// 2 * kLanes consecutive elements as the even and the odd ones: shifts instead of shuffles.
+inline void load_even_odd(const BFloat16* p, Vec* even, Vec* odd) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  *even = _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
+  *odd = _mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32(0xffff0000)));
+}
+// Rounds to bfloat16, nearest even, and puts the two vectors back together.
+inline __m256i pack_even_odd(Vec even, Vec odd) {
+  if (_mm256_movemask_ps(_mm256_cmp_ps(even, odd, _CMP_UNORD_Q)) != 0) [[unlikely]] {
+    const __m256 nan = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000));
+    even = _mm256_blendv_ps(even, nan, _mm256_cmp_ps(even, even, _CMP_UNORD_Q));
+    odd = _mm256_blendv_ps(odd, nan, _mm256_cmp_ps(odd, odd, _CMP_UNORD_Q));
+  }
+  const __m256i low = _mm256_castps_si256(even), high = _mm256_castps_si256(odd);
+  const __m256i kept = _mm256_blend_epi16(_mm256_srli_epi32(low, 16), high, 0xaa);
+  const __m256i cut = _mm256_blend_epi16(low, _mm256_slli_epi32(high, 16), 0xaa);
+  // Up where more than half is cut, or just half from an odd number.
+  const __m256i above = _mm256_adds_epu16(cut, _mm256_and_si256(kept, _mm256_set1_epi16(1)));
+  const __m256i half = _mm256_set1_epi16(-0x8000);
+  const __m256i up = _mm256_cmpgt_epi16(_mm256_xor_si256(above, half), _mm256_setzero_si256());
+  return _mm256_sub_epi16(kept, up);
+}
+inline void store_even_odd(BFloat16* p, Vec even, Vec odd) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), pack_even_odd(even, odd));
+}
+
+// Stores that leave nothing in the cache; aligned to 64 bytes. fence() orders them.
+inline void stream(float* p, Vec x) { _mm256_stream_ps(p, x); }
+inline void stream_even_odd(BFloat16* p, Vec even, Vec odd) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), pack_even_odd(even, odd));
+}
+inline void stream_bytes(void* out, const void* in, int64_t size) {
+  for (int64_t i = 0; i < size; i += 32) {
+    const auto* from = reinterpret_cast<const __m256i*>(static_cast<const char*>(in) + i);
+    auto* to = reinterpret_cast<__m256i*>(static_cast<char*>(out) + i);
+    _mm256_stream_si256(to, _mm256_loadu_si256(from));
+  }
+}
+inline void fence() { _mm_sfence(); }
+
+// Rounds to nearest even; |x| <= 448. Subnormals are multiples of 2^-9.
+inline void store(Float8E4M3* p, Vec x) {
+  const __m256i bits = _mm256_castps_si256(x);
+  const __m256i magnitude = _mm256_and_si256(bits, _mm256_set1_epi32(0x7fffffff));
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(magnitude, 20), _mm256_set1_epi32(1));
+  const __m256i normal = _mm256_sub_epi32(
+      _mm256_srli_epi32(
+          _mm256_add_epi32(magnitude, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7ffff))), 20),
+      _mm256_set1_epi32(120 << 3));
+  const __m256i subnormal =
+      _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_castsi256_ps(magnitude), _mm256_set1_ps(512.0f)));
+  const __m256i rounded = _mm256_blendv_epi8(
+      normal, subnormal, _mm256_cmpgt_epi32(_mm256_set1_epi32(0x3c800000), magnitude));
+  const __m256i sign = _mm256_and_si256(_mm256_srli_epi32(bits, 24), _mm256_set1_epi32(0x80));
+  const __m128i words = narrow(_mm256_or_si256(rounded, sign));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
+}
+
 }  // namespace
 }  // namespace lychee

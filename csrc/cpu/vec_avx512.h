@@ -156,5 +156,63 @@ inline void stream(char* out, const char* in, int64_t bytes) {
 }
 inline void stream_end() { _mm_sfence(); }
 
+// 2 * kLanes consecutive elements as the even and the odd ones: shifts instead of shuffles.
+inline void load_even_odd(const BFloat16* p, Vec* even, Vec* odd) {
+  const __m512i bits = _mm512_loadu_si512(p);
+  *even = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+  *odd = _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(0xffff0000)));
+}
+// Rounds to bfloat16, nearest even, and puts the two vectors back together.
+inline __m512i pack_even_odd(Vec even, Vec odd) {
+  __m512i low = _mm512_castps_si512(even), high = _mm512_castps_si512(odd);
+  if (_mm512_cmp_ps_mask(even, odd, _CMP_UNORD_Q) != 0) [[unlikely]] {
+    const __m512i nan = _mm512_set1_epi32(0x7fc00000);
+    low = _mm512_mask_mov_epi32(low, _mm512_cmp_ps_mask(even, even, _CMP_UNORD_Q), nan);
+    high = _mm512_mask_mov_epi32(high, _mm512_cmp_ps_mask(odd, odd, _CMP_UNORD_Q), nan);
+  }
+  const __mmask32 odd_words = 0xaaaaaaaa;
+  const __m512i kept = _mm512_mask_mov_epi16(_mm512_srli_epi32(low, 16), odd_words, high);
+  const __m512i cut = _mm512_mask_mov_epi16(low, odd_words, _mm512_slli_epi32(high, 16));
+  // Up where more than half is cut, or just half from an odd number.
+  const __m512i one = _mm512_set1_epi16(1);
+  const __m512i above = _mm512_adds_epu16(cut, _mm512_and_si512(kept, one));
+  const __mmask32 up = _mm512_cmpgt_epu16_mask(above, _mm512_set1_epi16(-0x8000));
+  return _mm512_mask_add_epi16(kept, up, kept, one);
+}
+inline void store_even_odd(BFloat16* p, Vec even, Vec odd) {
+  _mm512_storeu_si512(p, pack_even_odd(even, odd));
+}
+
+// Stores that leave nothing in the cache; aligned to 64 bytes. fence() orders them.
+inline void stream(float* p, Vec x) { _mm512_stream_ps(p, x); }
+inline void stream_even_odd(BFloat16* p, Vec even, Vec odd) {
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), pack_even_odd(even, odd));
+}
+inline void stream_bytes(void* out, const void* in, int64_t size) {
+  for (int64_t i = 0; i < size; i += 64) {
+    const __m512i bits = _mm512_loadu_si512(static_cast<const char*>(in) + i);
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(static_cast<char*>(out) + i), bits);
+  }
+}
+inline void fence() { _mm_sfence(); }
+
+// Rounds to nearest even; |x| <= 448. Subnormals are multiples of 2^-9.
+inline void store(Float8E4M3* p, Vec x) {
+  const __m512i bits = _mm512_castps_si512(x);
+  const __m512i magnitude = _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff));
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(magnitude, 20), _mm512_set1_epi32(1));
+  const __m512i normal = _mm512_sub_epi32(
+      _mm512_srli_epi32(
+          _mm512_add_epi32(magnitude, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7ffff))), 20),
+      _mm512_set1_epi32(120 << 3));
+  const __m512i subnormal =
+      _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_castsi512_ps(magnitude), _mm512_set1_ps(512.0f)));
+  const __m512i rounded = _mm512_mask_mov_epi32(
+      normal, _mm512_cmplt_epi32_mask(magnitude, _mm512_set1_epi32(0x3c800000)), subnormal);
+  const __m512i sign = _mm512_and_si512(_mm512_srli_epi32(bits, 24), _mm512_set1_epi32(0x80));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm512_cvtepi32_epi8(_mm512_or_si512(rounded, sign)));
+}
+
 }  // namespace
 }  // namespace lychee

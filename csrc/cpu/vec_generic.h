@@ -144,5 +144,45 @@ inline void store_pair(T* p, Vec a, Vec b) {
 inline void stream(char* out, const char* in, int64_t bytes) { memcpy(out, in, bytes); }
 inline void stream_end() {}
 
+typedef uint32_t UintVec __attribute__((vector_size(16)));
+
+// 2 * kLanes consecutive elements as the even and the odd ones: shifts instead of shuffles.
+constexpr bool kEvenIsLow = __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__;
+inline void load_even_odd(const BFloat16* p, Vec* even, Vec* odd) {
+  UintVec bits;
+  memcpy(&bits, p, sizeof bits);
+  *(kEvenIsLow ? even : odd) = reinterpret_cast<Vec>(bits << 16);
+  *(kEvenIsLow ? odd : even) = reinterpret_cast<Vec>(bits & 0xffff0000);
+}
+// The float's bits, rounded to nearest even in the upper half.
+inline UintVec round_to_upper_half(Vec x) {
+  const UintVec bits = reinterpret_cast<UintVec>(x);
+  const UintVec nan = reinterpret_cast<UintVec>(x != x);
+  return (nan & 0x7fc00000) | (~nan & (bits + 0x7fff + (bits >> 16 & 1)));
+}
+inline void store_even_odd(BFloat16* p, Vec even, Vec odd) {
+  const UintVec low = round_to_upper_half(kEvenIsLow ? even : odd) >> 16;
+  const UintVec high = round_to_upper_half(kEvenIsLow ? odd : even) & 0xffff0000;
+  const UintVec bits = low | high;
+  memcpy(p, &bits, sizeof bits);
+}
+
+// No portable way to store past the cache.
+inline void stream(float* p, Vec x) { store(p, x); }
+inline void stream_even_odd(BFloat16* p, Vec even, Vec odd) { store_even_odd(p, even, odd); }
+inline void stream_bytes(void* out, const void* in, int64_t size) { memcpy(out, in, size); }
+inline void fence() {}
+
+// Rounds to nearest even; |x| <= 448. Subnormals are multiples of 2^-9.
+inline void store(Float8E4M3* p, Vec x) {
+  for (int i = 0; i < kLanes; ++i) {
+    const uint32_t bits = to_bits(x[i]), magnitude = bits & 0x7fffffff;
+    const uint32_t normal = ((magnitude + 0x7ffff + (magnitude >> 20 & 1)) >> 20) - (120 << 3);
+    const uint32_t subnormal = static_cast<uint32_t>(rintf(from_bits(magnitude) * 512.0f));
+    const uint32_t rounded = from_bits(magnitude) < 0.015625f ? subnormal : normal;
+    p[i].bits = static_cast<uint8_t>(bits >> 24 & 0x80 | rounded);
+  }
+}
+
 }  // namespace
 }  // namespace lychee

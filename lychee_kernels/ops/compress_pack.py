@@ -14,7 +14,6 @@ from .._check import (
     check_slots,
 )
 from .._loader import backend
-from ..rope import rotate
 
 
 def compress_pack(q, k, v, cos, sin, *, batch, ratio, positions=None, pos0=0):
@@ -96,8 +95,10 @@ def compress_pack_(
     if backend("compress_pack_") == "ref":
         _check_inputs("compress_pack_", q, k, v, cos, sin, batch, ratio, positions)
         _check_positions("compress_pack_", k.shape[0] // batch, cos, positions, pos0)
-        check_bank("compress_pack_", kv, kv_scale, layer, *k.shape[1:])
         memory = k.shape[0] // batch // (ratio + 1)
+        _check_memory(
+            "compress_pack_", k, v, kv, kv_scale, page_table, slot0, mem_valid, batch, layer, memory
+        )
         check_slots("compress_pack_", kv, page_table, slot0, mem_valid, batch, memory)
         return ref.compress_pack_(
             q, k, v, cos, sin, kv, kv_scale, page_table, slot0, batch=batch, ratio=ratio,
@@ -129,9 +130,9 @@ def write_memory_(k, v, kv, kv_scale, page_table, slot0, *, batch, layer, mem_va
     """
     _check_no_grad("write_memory_", k=k, v=v)
     if backend("write_memory_") == "ref":
-        check_shape("write_memory_", "k", k, (None, None, None))
-        check_shape("write_memory_", "v", v, k.shape)
-        check_bank("write_memory_", kv, kv_scale, layer, *k.shape[1:])
+        _check_memory(
+            "write_memory_", k, v, kv, kv_scale, page_table, slot0, mem_valid, batch, layer
+        )
         memory = k.shape[0] // batch
         check_slots("write_memory_", kv, page_table, slot0, mem_valid, batch, memory)
         ref.write_memory_(
@@ -149,6 +150,9 @@ def _check_no_grad(op, **inputs):
 
 def _check_inputs(op, q, k, v, cos, sin, batch, ratio, positions):
     """Returns (rows, memory) of one batch entry."""
+    _check_devices(op, k, q=q, v=v, cos=cos, sin=sin, positions=positions)
+    check_range(op, "batch", batch, 1, 2**31 - 1)
+    check_range(op, "ratio", ratio, 1, 2**31 - 1)
     check_shape(op, "k", k, (None, None, None))
     rows = k.shape[0] // batch
     whole = k.shape[0] % batch == 0 and rows % (ratio + 1) == 0
@@ -167,9 +171,48 @@ def _check_inputs(op, q, k, v, cos, sin, batch, ratio, positions):
         check_dtype(op, name, tensor, k.dtype)
     check_shape(op, "cos", cos, (None, head_dim // 2))
     check_shape(op, "sin", sin, cos.shape)
+    for name, table in (("cos", cos), ("sin", sin)):
+        check_dtype(op, name, table, torch.float32)
     if positions is not None:
         check_shape(op, "positions", positions, (batch, rows))
+        check_dtype(op, "positions", positions, torch.int64)
     return rows, memory
+
+
+def _check_devices(op, k, **others):
+    for name, tensor in others.items():
+        same = tensor is None or tensor.device == k.device
+        check(same, op, name, f"a tensor on the device of k, {k.device}", same or tensor.device)
+
+
+def _check_memory(
+    op, k, v, kv, kv_scale, page_table, slot0, mem_valid, batch, layer, memory=None
+):  # fmt: skip
+    """What compress_pack_ and write_memory_ need of the bank; reads no values.
+
+    Without `memory`, k holds memory rows only."""
+    _check_devices(
+        op, k, v=v, kv=kv, kv_scale=kv_scale, page_table=page_table, slot0=slot0,
+        mem_valid=mem_valid,
+    )  # fmt: skip
+    check_range(op, "batch", batch, 1, 2**31 - 1)
+    check_shape(op, "k", k, (None, None, None))
+    if memory is None:
+        memory = k.shape[0] // batch
+        check_shape(op, "k", k, (batch * memory, *k.shape[1:]))
+    check_shape(op, "v", v, k.shape)
+    check_dtype(op, "v", v, k.dtype)
+    check_bank(op, kv, kv_scale, layer, *k.shape[1:])
+    check(kv.shape[4] > 0, op, "kv", "at least one token per page", list(kv.shape))
+    if kv_scale is not None:
+        check_dtype(op, "kv_scale", kv_scale, torch.float32)
+    check_shape(op, "page_table", page_table, (batch, None))
+    check_shape(op, "slot0", slot0, (batch,))
+    for name, tensor in (("page_table", page_table), ("slot0", slot0)):
+        check_dtype(op, name, tensor, torch.int32)
+    if mem_valid is not None:
+        check_shape(op, "mem_valid", mem_valid, (batch, memory))
+        check_dtype(op, "mem_valid", mem_valid, torch.bool)
 
 
 def _check_positions(op, rows, cos, positions, pos0):
@@ -193,14 +236,22 @@ def _compress_pack_write_fake(
     pos0,
 ):  # fmt: skip
     rows, memory = _check_inputs("compress_pack_", q, k, v, cos, sin, batch, ratio, positions)
-    check_bank("compress_pack_", kv, kv_scale, layer, *k.shape[1:])
+    _check_memory(
+        "compress_pack_", k, v, kv, kv_scale, page_table, slot0, mem_valid, batch, layer, memory
+    )
     return _rotated_fake(q, k, batch, rows, memory)
 
 
 @torch.library.register_fake("lychee::write_memory_")
 def _write_memory_fake(k, v, kv, kv_scale, page_table, slot0, batch, layer, mem_valid):
-    check_shape("write_memory_", "v", v, k.shape)
-    check_bank("write_memory_", kv, kv_scale, layer, *k.shape[1:])
+    _check_memory("write_memory_", k, v, kv, kv_scale, page_table, slot0, mem_valid, batch, layer)
+
+
+@torch.library.register_fake("lychee::compress_pack_bwd")
+def _compress_pack_bwd_fake(grad, mem_grad, cos, sin, batch, ratio, positions, pos0, memory_only):
+    like = mem_grad if grad is None else grad
+    rows = like.shape[2] * (ratio + 1 if grad is None and not memory_only else 1)
+    return like.new_empty(batch * rows, like.shape[1], like.shape[3])
 
 
 def _rotated_fake(q, k, batch, rows, memory):
@@ -216,44 +267,26 @@ def _setup_context(ctx, inputs, output):
     q, k, _, cos, sin, ctx.batch, ctx.ratio, positions, ctx.pos0 = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(cos, sin, positions)
-    ctx.shapes = q.shape, k.shape
+    ctx.memory_only = q.shape[0] != k.shape[0]
 
 
 def _backward(ctx, dq_rot, dk_rot, dv_out, dmem_k, dmem_v):
     """Rotation backwards, rows back to segment order, memory rows' two gradients summed."""
     cos, sin, positions = ctx.saved_tensors
-    q_shape, k_shape = ctx.shapes
-    rows = k_shape[0] // ctx.batch
-    if positions is None:
-        positions = torch.arange(ctx.pos0, ctx.pos0 + rows, device=cos.device)[None]
-    memory_only = q_shape[0] != k_shape[0]
 
-    def unrotate(x, at):
-        compute = torch.promote_types(x.dtype, torch.float32)
-        return rotate(x.to(compute), cos[at][:, None], -sin[at][:, None]).to(x.dtype)
-
-    def segment_order(x, dmem):
-        # [B, H, m, r + 1, D] -> raw rows, then memory rows
-        groups = x.unflatten(2, (-1, ctx.ratio + 1))
-        raw, mem = groups[..., :-1, :].flatten(2, 3), groups[..., -1, :]
-        if dmem is not None:
-            mem = mem + dmem
-        return torch.cat([part.transpose(1, 2).flatten(0, 1) for part in (raw, mem)])
-
-    def kv_gradient(dx, dmem, shape):
-        if dx is None and dmem is None:
+    def gradient(grad, mem_grad, tables, memory_only=False):
+        if grad is None and mem_grad is None:
             return None
-        if dx is None:
-            dx = dmem.new_zeros(ctx.batch, shape[1], rows, shape[2])
-        return segment_order(dx, dmem)
+        grad, mem_grad = (
+            x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (grad, mem_grad)
+        )
+        return torch.ops.lychee.compress_pack_bwd(
+            grad, mem_grad, *tables, ctx.batch, ctx.ratio, positions, ctx.pos0, memory_only
+        )
 
-    dq = None
-    if dq_rot is not None:
-        at = positions[:, ctx.ratio :: ctx.ratio + 1] if memory_only else positions
-        dq = unrotate(dq_rot, at)
-        dq = dq.transpose(1, 2).flatten(0, 1) if memory_only else segment_order(dq, None)
-    dk = kv_gradient(None if dk_rot is None else unrotate(dk_rot, positions), dmem_k, k_shape)
-    dv = kv_gradient(dv_out, dmem_v, k_shape)
+    dq = gradient(dq_rot, None, (cos, sin), memory_only=ctx.memory_only)
+    dk = gradient(dk_rot, dmem_k, (cos, sin))
+    dv = gradient(dv_out, dmem_v, (None, None))
     return dq, dk, dv, *([None] * 6)
 
 
