@@ -146,13 +146,15 @@ struct Tile {
   alignas(64) float split[kTileRows][2][kHalf != 0 ? kHalf : 1];  // tables of split pairs
 };
 
-// Even elements before odd ones in each pair of vectors.
+// Even elements before odd ones in each pair of vectors. NaN becomes the one that
+// store_even_odd takes.
 template <int kHalf>
 inline const float* split_table(const float* in, float* out) {
   for (int d = 0; d < kHalf; d += 2 * kLanes) {
     for (int i = 0; i < kLanes; ++i) {
-      out[d + i] = in[d + 2 * i];
-      out[d + kLanes + i] = in[d + 2 * i + 1];
+      const float even = in[d + 2 * i], odd = in[d + 2 * i + 1];
+      out[d + i] = even == even ? even : NAN;
+      out[d + kLanes + i] = odd == odd ? odd : NAN;
     }
   }
   return out;

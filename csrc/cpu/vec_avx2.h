@@ -162,13 +162,9 @@ inline void load_even_odd(const BFloat16* p, Vec* even, Vec* odd) {
   *even = _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
   *odd = _mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32(0xffff0000)));
 }
-// Rounds to bfloat16, nearest even, and puts the two vectors back together.
+// Rounds to bfloat16, nearest even, and puts the two vectors back together. The lower half of a NaN
+// must be zero, as it is in every NaN that arithmetic makes or takes from bfloat16.
 inline __m256i pack_even_odd(Vec even, Vec odd) {
-  if (_mm256_movemask_ps(_mm256_cmp_ps(even, odd, _CMP_UNORD_Q)) != 0) [[unlikely]] {
-    const __m256 nan = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000));
-    even = _mm256_blendv_ps(even, nan, _mm256_cmp_ps(even, even, _CMP_UNORD_Q));
-    odd = _mm256_blendv_ps(odd, nan, _mm256_cmp_ps(odd, odd, _CMP_UNORD_Q));
-  }
   const __m256i low = _mm256_castps_si256(even), high = _mm256_castps_si256(odd);
   const __m256i kept = _mm256_blend_epi16(_mm256_srli_epi32(low, 16), high, 0xaa);
   const __m256i cut = _mm256_blend_epi16(low, _mm256_slli_epi32(high, 16), 0xaa);

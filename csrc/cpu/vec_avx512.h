@@ -162,14 +162,10 @@ inline void load_even_odd(const BFloat16* p, Vec* even, Vec* odd) {
   *even = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
   *odd = _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(0xffff0000)));
 }
-// Rounds to bfloat16, nearest even, and puts the two vectors back together.
+// Rounds to bfloat16, nearest even, and puts the two vectors back together. The lower half of a NaN
+// must be zero, as it is in every NaN that arithmetic makes or takes from bfloat16.
 inline __m512i pack_even_odd(Vec even, Vec odd) {
-  __m512i low = _mm512_castps_si512(even), high = _mm512_castps_si512(odd);
-  if (_mm512_cmp_ps_mask(even, odd, _CMP_UNORD_Q) != 0) [[unlikely]] {
-    const __m512i nan = _mm512_set1_epi32(0x7fc00000);
-    low = _mm512_mask_mov_epi32(low, _mm512_cmp_ps_mask(even, even, _CMP_UNORD_Q), nan);
-    high = _mm512_mask_mov_epi32(high, _mm512_cmp_ps_mask(odd, odd, _CMP_UNORD_Q), nan);
-  }
+  const __m512i low = _mm512_castps_si512(even), high = _mm512_castps_si512(odd);
   const __mmask32 odd_words = 0xaaaaaaaa;
   const __m512i kept = _mm512_mask_mov_epi16(_mm512_srli_epi32(low, 16), odd_words, high);
   const __m512i cut = _mm512_mask_mov_epi16(low, odd_words, _mm512_slli_epi32(high, 16));

@@ -154,11 +154,11 @@ inline void load_even_odd(const BFloat16* p, Vec* even, Vec* odd) {
   *(kEvenIsLow ? even : odd) = reinterpret_cast<Vec>(bits << 16);
   *(kEvenIsLow ? odd : even) = reinterpret_cast<Vec>(bits & 0xffff0000);
 }
-// The float's bits, rounded to nearest even in the upper half.
+// The float's bits, rounded to nearest even in the upper half. The lower half of a NaN must be
+// zero, as it is in every NaN that arithmetic makes or takes from bfloat16.
 inline UintVec round_to_upper_half(Vec x) {
   const UintVec bits = reinterpret_cast<UintVec>(x);
-  const UintVec nan = reinterpret_cast<UintVec>(x != x);
-  return (nan & 0x7fc00000) | (~nan & (bits + 0x7fff + (bits >> 16 & 1)));
+  return bits + 0x7fff + (bits >> 16 & 1);
 }
 inline void store_even_odd(BFloat16* p, Vec even, Vec odd) {
   const UintVec low = round_to_upper_half(kEvenIsLow ? even : odd) >> 16;

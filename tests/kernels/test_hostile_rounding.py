@@ -129,3 +129,18 @@ def test_rotated_bfloat16_rounds_to_even(dim):
     actual, number = q_rot[0, 0], ~exact.isnan()
     assert torch.equal(actual.isnan(), exact.isnan())
     assert torch.equal(actual[number].view(torch.int16), exact[number].view(torch.int16))
+
+
+@pytest.mark.parametrize("dim", [24, 64, 128])
+def test_any_nan_stays_nan_in_bfloat16(dim):
+    # every bit of the payload set, as in poisoned memory, and hidden in the lower half
+    bits = torch.tensor([-1, 2**31 - 1, 0x7F800001, 0x7F80FFFF, 0x7FC00000])
+    cos = torch.ones(10, dim // 2)
+    cos[:5, 1] = bits.int().view(torch.float32)
+    x = torch.ones(10, 1, dim, dtype=torch.bfloat16)
+    x[9, 0, 3] = torch.tensor(-1).to(torch.int16).view(torch.bfloat16)
+    q_rot = compress_pack(x, x, x, cos, cos * 0, batch=1, ratio=9)[0][0, 0]
+    expected = torch.zeros(10, dim, dtype=torch.bool)
+    expected[:5, [1, 1 + dim // 2]] = True
+    expected[9, [3, 3 + dim // 2]] = True
+    assert torch.equal(q_rot.isnan(), expected)
