@@ -8,6 +8,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 
 #include "dispatch.h"
 
@@ -22,9 +23,10 @@ using torch::stable::Tensor;
                            got);
 }
 
-inline void check(bool condition, const char* op, const char* argument, const std::string& expected,
-                  const std::string& got) {
-  if (!condition) fail(op, argument, expected, got);
+// Views, so that a check that passes builds no strings.
+inline void check(bool condition, const char* op, const char* argument, std::string_view expected,
+                  std::string_view got) {
+  if (!condition) fail(op, argument, std::string(expected), std::string(got));
 }
 
 inline void check_range(int64_t value, int64_t low, int64_t high, const char* op,
@@ -73,26 +75,30 @@ inline std::string dtype_name(ScalarType dtype) {
 inline void check_shape(const Tensor& tensor, std::initializer_list<int64_t> sizes, const char* op,
                         const char* argument) {
   bool same = tensor.dim() == static_cast<int64_t>(sizes.size());
-  std::string expected = "[";
   int64_t i = 0;
   for (int64_t size : sizes) {
-    if (same && size >= 0 && tensor.size(i) != size) same = false;
-    expected += (i ? ", " : "") + (size < 0 ? std::string("*") : std::to_string(size));
+    same = same && (size < 0 || tensor.size(i) == size);
     ++i;
   }
-  check(same, op, argument, "shape " + expected + "]", shape_string(tensor));
+  if (same) return;
+  std::string expected;
+  for (int64_t size : sizes) {
+    expected += (expected.empty() ? "" : ", ") + (size < 0 ? "*" : std::to_string(size));
+  }
+  fail(op, argument, "shape [" + expected + "]", shape_string(tensor));
 }
 
 inline void check_dtype(const Tensor& tensor, ScalarType dtype, const char* op,
                         const char* argument) {
-  check(tensor.scalar_type() == dtype, op, argument, "dtype " + dtype_name(dtype),
-        dtype_name(tensor.scalar_type()));
+  if (tensor.scalar_type() == dtype) return;
+  fail(op, argument, "dtype " + dtype_name(dtype), dtype_name(tensor.scalar_type()));
 }
 
 inline void check_last_dim_contiguous(const Tensor& tensor, const char* op, const char* argument) {
   const int64_t last = tensor.dim() - 1;
-  check(tensor.size(last) <= 1 || tensor.stride(last) == 1, op, argument,
-        "a contiguous last dimension", "stride " + std::to_string(tensor.stride(last)));
+  if (tensor.stride(last) == 1 || tensor.size(last) <= 1) return;
+  fail(op, argument, "a contiguous last dimension",
+       "stride " + std::to_string(tensor.stride(last)));
 }
 
 inline void check_contiguous(const Tensor& tensor, const char* op, const char* argument) {

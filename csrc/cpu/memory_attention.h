@@ -28,7 +28,7 @@ struct KeyTile {
 };
 
 struct MemoryAttentionParams {
-  int64_t num_queries, num_keys, num_heads, num_kv_heads, head_dim;
+  int64_t batch, num_queries, num_keys, num_heads, num_kv_heads, head_dim;
   const void* q;      // [B, num_heads, num_queries, head_dim]
   const void *k, *v;  // [B, num_kv_heads, num_keys, head_dim]
   int64_t q_batch_stride, q_head_stride, q_token_stride;

@@ -5,85 +5,12 @@
 // values.
 #pragma once
 
+#include "cpu/memory_attention_decode.inl"
+#include "cpu/memory_attention_products.inl"
 #include "cpu/memory_attention_tiles.inl"
 
 namespace lychee {
 namespace {
-
-constexpr float kLn2 = 0.693147181f;
-// A row's reference maximum moves only when a score exceeds it by this many powers of two: the
-// weights stay below 2^8, and rows are almost never rescaled after their first tiles.
-constexpr float kMaximumSlack = 8.0f;
-
-// Calls fn with a compile-time number of vectors, covering `vectors` of them from left to right.
-template <class Fn>
-inline void for_panels(int64_t vectors, const Fn& fn) {
-  int64_t c = 0;
-  for (; c + kColBlock <= vectors; c += kColBlock) {
-    fn(c * kLanes, std::integral_constant<int, kColBlock>());
-  }
-  if (kColBlock > 2 && c + 2 <= vectors) {
-    fn(c * kLanes, std::integral_constant<int, 2>());
-    c += 2;
-  }
-  if (c < vectors) fn(c * kLanes, std::integral_constant<int, 1>());
-}
-
-// scores[m][j] = sum_d q[m][d] keys[d][j], for M rows and C vectors of keys.
-template <int M, int C>
-inline void score_panel(const float* q, int64_t q_stride, const float* keys, int64_t head_dim,
-                        float* scores) {
-  Vec acc[M][C];
-#pragma GCC unroll 8
-  for (int m = 0; m < M; ++m) {
-#pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) acc[m][c] = zero();
-  }
-  for (int64_t d = 0; d < head_dim; ++d) {
-    Vec key[C];
-#pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) key[c] = load(keys + d * kTileKeys + c * kLanes);
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) {
-      const Vec x = broadcast(q[m * q_stride + d]);
-#pragma GCC unroll 8
-      for (int c = 0; c < C; ++c) acc[m][c] = fma(x, key[c], acc[m][c]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int m = 0; m < M; ++m) {
-#pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) store(scores + m * kTileKeys + c * kLanes, acc[m][c]);
-  }
-}
-
-// out[m][d] += sum_j weights[m][j] values[j][d], for M rows and C vectors of dimensions.
-template <int M, int C>
-inline void value_panel(const float* weights, const float* values, int64_t value_stride,
-                        int64_t count, float* out, int64_t out_stride) {
-  Vec acc[M][C];
-#pragma GCC unroll 8
-  for (int m = 0; m < M; ++m) {
-#pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) acc[m][c] = load(out + m * out_stride + c * kLanes);
-  }
-  for (int64_t j = 0; j < count; ++j) {
-    Vec value[C];
-#pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) value[c] = load(values + j * value_stride + c * kLanes);
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) {
-      const Vec x = broadcast(weights[m * kTileKeys + j]);
-#pragma GCC unroll 8
-      for (int c = 0; c < C; ++c) acc[m][c] = fma(x, value[c], acc[m][c]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int m = 0; m < M; ++m) {
-#pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) store(out + m * out_stride + c * kLanes, acc[m][c]);
-  }
-}
 
 // Turns the scores of one row into weights 2^(score - maximum), in place.
 template <bool kMasked>
@@ -151,24 +78,6 @@ inline void attend_rows(const Block& block, const TileView& tile, int64_t head_d
   });
 }
 
-// attend_rows for the last rows of a block, fewer than kRowBlock.
-template <int M>
-inline void attend_last_rows(const Block& block, const TileView& tile, int64_t head_dim,
-                             int64_t row) {
-  if constexpr (M > 0) {
-    if (block.rows - row == M) return attend_rows<M>(block, tile, head_dim, row);
-    attend_last_rows<M - 1>(block, tile, head_dim, row);
-  }
-}
-
-inline void attend_tile(const Block& block, const TileView& tile, int64_t head_dim) {
-  int64_t row = 0;
-  for (; row + kRowBlock <= block.rows; row += kRowBlock) {
-    attend_rows<kRowBlock>(block, tile, head_dim, row);
-  }
-  if (row < block.rows) attend_last_rows<kRowBlock - 1>(block, tile, head_dim, row);
-}
-
 // Normalises one row and stores it with its log-sum-exp; `total` is 0 for an empty key set.
 template <class T>
 inline void store_row(const MemoryAttentionParams& p, int64_t batch, int64_t head, int64_t token,
@@ -183,15 +92,64 @@ inline void store_row(const MemoryAttentionParams& p, int64_t batch, int64_t hea
   p.lse[index] = total == 0.0f ? -INFINITY : (maximum + log2f(total)) * kLn2;
 }
 
+// Ends one row of an item: stored, or left for merge_splits.
+template <class T>
+inline void finish_row(const MemoryAttentionParams& p, const Block& block, int64_t item, int64_t r,
+                       const float* row, float maximum, float total) {
+  if (p.partial == nullptr) {
+    store_row<T>(p, block.batch, block.kv_head * block.group + r % block.group,
+                 block.first_token + r / block.group, row, maximum, total);
+    return;
+  }
+  float* slot = p.partial + (item * p.block_rows + r) * p.partial_stride;
+  memcpy(slot, row, block.dim * sizeof(float));
+  slot[block.dim] = maximum;
+  slot[block.dim + 1] = total;
+}
+
+template <class T>
+void decode_item(const MemoryAttentionParams& p, const Block& block, int64_t item, int64_t begin,
+                 int64_t end, float* scratch) {
+  Decode work = make_decode(p, scratch);
+  const Vec scale = broadcast(p.softmax_scale * kLog2E);
+  const T* q = static_cast<const T*>(p.q) + block.batch * p.q_batch_stride +
+               block.kv_head * block.group * p.q_head_stride;
+  for (int64_t r = 0; r < block.rows; ++r) {
+    const T* row = q + r * p.q_head_stride;
+    for (int64_t d = 0; d < p.head_dim / 2; d += kLanes) {
+      store(work.q + packed(d, r), mul(load(row + d), scale));
+      store(work.q + packed(d, r) + kLanes, mul(load(row + p.head_dim / 2 + d), scale));
+    }
+  }
+  const auto tiles = block.rows == 1   ? decode_tiles<1, T>
+                     : block.rows == 2 ? decode_tiles<2, T>
+                     : block.rows <= 4 ? decode_tiles<4, T>
+                     : block.rows <= 7 ? decode_tiles<7, T>
+                                       : decode_tiles<8, T>;
+  tiles(p, &work, block.batch, block.kv_head, begin, end);
+  float maximum[kDecodeRows > kLanes ? kDecodeRows : kLanes];
+  float total[kDecodeRows > kLanes ? kDecodeRows : kLanes];
+  for (int i = 0; i < kRowVectors; ++i) {
+    store(maximum + i * kLanes, work.maximum[i]);
+    // Wide vectors sum two keys side by side.
+    store(total + i * kLanes,
+          kSharedKeys == 1 ? work.sum[i] : add(work.sum[i], swap_eights(work.sum[i])));
+  }
+  for (int64_t r = 0; r < block.rows; ++r) {
+    finish_row<T>(p, block, item, r, work.out + r * work.dim, maximum[r], total[r]);
+  }
+}
+
 template <class T>
 void memory_attention_item(const MemoryAttentionParams& p, int64_t item, float* scratch) {
   const Block block = make_block(p, item, scratch);
-  load_queries<T>(p, block);
   int64_t begin = p.tile_begin[block.batch], end = p.tile_begin[block.batch + 1];
   if (p.num_splits > 1) {
     begin += block.split * kTilesPerSplit;
     end = end < begin + kTilesPerSplit ? end : begin + kTilesPerSplit;
   }
+  if (is_decode(p)) return decode_item<T>(p, block, item, begin, end, scratch);
+  load_queries<T>(p, block);
   const int64_t last_token = block.first_token + block.rows / block.group - 1;
   const int64_t segment_end = p.num_keys - (p.num_queries - 1 - last_token) * p.query_stride;
   for (int64_t i = begin; i < end; ++i) {
@@ -199,21 +157,12 @@ void memory_attention_item(const MemoryAttentionParams& p, int64_t item, float* 
     if (tile.page < 0 && tile.first >= segment_end) break;
     const TileView view =
         tile.page < 0 ? load_segment_tile<T>(p, block, tile) : load_page_tile(p, block, tile);
-    attend_tile(block, view, p.head_dim);
+    for_rows(block.rows,
+             [&](int64_t row, auto m) { attend_rows<m()>(block, view, p.head_dim, row); });
   }
-  float* partial = p.partial + item * p.block_rows * p.partial_stride;
   for (int64_t r = 0; r < block.rows; ++r) {
-    const float* row = block.out + r * block.dim;
-    const float total = reduce_add(load(block.sum + r * kPadLanes));
-    if (p.partial != nullptr) {
-      float* slot = partial + r * p.partial_stride;
-      memcpy(slot, row, block.dim * sizeof(float));
-      slot[block.dim] = block.maximum[r];
-      slot[block.dim + 1] = total;
-    } else {
-      store_row<T>(p, block.batch, block.kv_head * block.group + r % block.group,
-                   block.first_token + r / block.group, row, block.maximum[r], total);
-    }
+    finish_row<T>(p, block, item, r, block.out + r * block.dim, block.maximum[r],
+                  reduce_add(load(block.sum + r * kPadLanes)));
   }
 }
 

@@ -11,6 +11,10 @@ namespace lychee {
 namespace {
 
 constexpr float kLog2E = 1.44269504f;
+constexpr float kLn2 = 0.693147181f;
+// A row's reference maximum moves only when a score exceeds it by this many powers of two: the
+// weights stay below 2^8, and rows are almost never rescaled after their first tiles.
+constexpr float kMaximumSlack = 8.0f;
 
 struct Block {
   int64_t batch, kv_head, split;
@@ -39,6 +43,18 @@ struct TileView {
     const int64_t keys = first_visible + token * query_stride;
     return keys < 0 ? 0 : keys > count ? count : keys;
   }
+  // The first token that sees the key; call it only where some token does.
+  int64_t first_token(int64_t key) const {
+    const int64_t missing = key + 1 - first_visible;
+    return missing <= 0 ? 0 : (missing + query_stride - 1) / query_stride;
+  }
+};
+
+// What turns the stored rows of a tile into keys and values.
+struct TileSource {
+  const float *scale = nullptr, *value_scale = nullptr;  // of a quantised bank
+  const float *cos = nullptr, *sin = nullptr;            // at the tile's first position
+  const float* keep = nullptr;                           // as in TileView
 };
 
 inline Block make_block(const MemoryAttentionParams& p, int64_t item, float* scratch) {
@@ -133,8 +149,34 @@ void pack_keys(const T* k, int64_t stride, const float* scale, const float* cos,
   }
 }
 
-// Rows scale[j] * v[j] in float, with zeros where `keep` is 0: a masked row may hold anything.
-// Dense float rows of whole vectors that need neither are used where they are.
+// rows[j] = scale[j] * rotated(x[j]) in float, padded to `dim` with zeros; zero where `keep` is 0,
+// since a masked row may hold anything.
+template <bool kRotate, class T>
+void load_rows(const T* x, int64_t stride, const float* scale, const float* keep, const float* cos,
+               const float* sin, int64_t head_dim, int64_t count, float* rows, int64_t dim) {
+  const int64_t half = head_dim / 2;
+  for (int64_t j = 0; j < count; ++j, x += stride, rows += dim) {
+    if (kRotate || (keep != nullptr && keep[j] == 0.0f)) memset(rows, 0, dim * sizeof(float));
+    if (keep != nullptr && keep[j] == 0.0f) continue;
+    const Vec factor = broadcast(scale == nullptr ? 1.0f : scale[j]);
+    if constexpr (kRotate) {
+      for (int64_t d = 0; d < half; d += kLanes) {
+        const Vec x1 = mul(load_first(x + d, half - d), factor);
+        const Vec x2 = mul(load_first(x + half + d, half - d), factor);
+        const Vec c = load_first(cos + j * half + d, half - d);
+        const Vec s = load_first(sin + j * half + d, half - d);
+        store_first(rows + d, fms(x1, c, mul(x2, s)), half - d);
+        store_first(rows + half + d, fma(x2, c, mul(x1, s)), half - d);
+      }
+    } else {
+      for (int64_t d = 0; d < dim; d += kLanes) {
+        store(rows + d, d < head_dim ? mul(load_first(x + d, head_dim - d), factor) : zero());
+      }
+    }
+  }
+}
+
+// Values as rows in float; dense float rows of whole vectors are used where they are.
 template <class T>
 const float* load_values(const T* v, int64_t stride, const float* scale, const float* keep,
                          int64_t head_dim, int64_t count, const Block& block) {
@@ -142,38 +184,77 @@ const float* load_values(const T* v, int64_t stride, const float* scale, const f
     const bool dense = stride == head_dim && head_dim == block.dim;
     if (dense && scale == nullptr && keep == nullptr) return v;
   }
-  for (int64_t j = 0; j < count; ++j) {
-    const bool kept = keep == nullptr || keep[j] != 0.0f;
-    const Vec factor = broadcast(scale == nullptr ? 1.0f : scale[j]);
-    for (int64_t d = 0; d < block.dim; d += kLanes) {
-      const bool inside = kept && d < head_dim;
-      store(block.values + j * block.dim + d,
-            inside ? mul(load_first(v + j * stride + d, head_dim - d), factor) : zero());
-    }
-  }
+  load_rows<false>(v, stride, scale, keep, nullptr, nullptr, head_dim, count, block.values,
+                   block.dim);
   return block.values;
+}
+
+inline TileSource page_source(const MemoryAttentionParams& p, int64_t kv_head,
+                              const KeyTile& tile) {
+  TileSource source;
+  if (p.kv_scale != nullptr) {
+    source.scale =
+        p.kv_scale + tile.page * p.scale_page_stride + kv_head * p.scale_head_stride + tile.first;
+    source.value_scale = source.scale + p.scale_part_stride;
+  }
+  if (p.cos != nullptr) {
+    source.cos = p.cos + tile.position * (p.head_dim / 2);
+    source.sin = p.sin + tile.position * (p.head_dim / 2);
+  }
+  return source;
+}
+
+// The tile's keys in a bank of T; its values lie page_part_stride further.
+template <class T>
+inline const T* page_keys(const MemoryAttentionParams& p, int64_t kv_head, const KeyTile& tile) {
+  return static_cast<const T*>(p.kv) + tile.page * p.page_stride + kv_head * p.page_head_stride +
+         tile.first * p.page_token_stride;
+}
+
+template <class T>
+inline const T* segment_keys(const MemoryAttentionParams& p, int64_t batch, int64_t kv_head,
+                             const KeyTile& tile) {
+  return static_cast<const T*>(p.k) + batch * p.k_batch_stride + kv_head * p.k_head_stride +
+         tile.first * p.k_token_stride;
+}
+template <class T>
+inline const T* segment_values(const MemoryAttentionParams& p, int64_t batch, int64_t kv_head,
+                               const KeyTile& tile) {
+  return static_cast<const T*>(p.v) + batch * p.v_batch_stride + kv_head * p.v_head_stride +
+         tile.first * p.v_token_stride;
+}
+
+// Fills `keep` from the segment's validity; null if every key of the tile is valid.
+inline const float* load_keep(const MemoryAttentionParams& p, int64_t batch, const KeyTile& tile,
+                              float* keep) {
+  if (p.valid == nullptr) return nullptr;
+  const bool* valid = p.valid + batch * p.valid_stride + tile.first;
+  bool all = true;
+  for (int64_t j = 0; j < kTileKeys; ++j) {
+    keep[j] = j < tile.count && valid[j] ? 1.0f : 0.0f;
+    all = all && (j >= tile.count || valid[j]);
+  }
+  return all ? nullptr : keep;
+}
+
+// Query t sees keys up to num_keys - 1 - (num_queries - 1 - t) * query_stride of the segment.
+inline TileView segment_view(const MemoryAttentionParams& p, const KeyTile& tile,
+                             const float* values, int64_t value_stride, const float* keep) {
+  const int64_t first_visible = p.num_keys - (p.num_queries - 1) * p.query_stride - tile.first;
+  return {values, value_stride, keep, tile.count, first_visible, p.query_stride};
 }
 
 inline TileView load_page_tile(const MemoryAttentionParams& p, const Block& block,
                                const KeyTile& tile) {
-  const float *scale = nullptr, *cos = nullptr, *sin = nullptr;
-  if (p.kv_scale != nullptr) {
-    scale = p.kv_scale + tile.page * p.scale_page_stride + block.kv_head * p.scale_head_stride +
-            tile.first;
-  }
-  if (p.cos != nullptr) {
-    cos = p.cos + tile.position * (p.head_dim / 2);
-    sin = p.sin + tile.position * (p.head_dim / 2);
-  }
+  const TileSource source = page_source(p, block.kv_head, tile);
   const float* values = nullptr;
   dispatch_bank_dtype(p.bank_dtype, [&](auto tag) {
     using T = decltype(tag);
-    const T* k = static_cast<const T*>(p.kv) + tile.page * p.page_stride +
-                 block.kv_head * p.page_head_stride + tile.first * p.page_token_stride;
-    const auto pack = cos == nullptr ? pack_keys<false, T> : pack_keys<true, T>;
-    pack(k, p.page_token_stride, scale, cos, sin, p.head_dim, tile.count, block.keys);
-    values = load_values(k + p.page_part_stride, p.page_token_stride,
-                         scale == nullptr ? nullptr : scale + p.scale_part_stride, nullptr,
+    const T* k = page_keys<T>(p, block.kv_head, tile);
+    const auto pack = source.cos == nullptr ? pack_keys<false, T> : pack_keys<true, T>;
+    pack(k, p.page_token_stride, source.scale, source.cos, source.sin, p.head_dim, tile.count,
+         block.keys);
+    values = load_values(k + p.page_part_stride, p.page_token_stride, source.value_scale, nullptr,
                          p.head_dim, tile.count, block);
   });
   return {values, block.dim, nullptr, tile.count, tile.count, 0};
@@ -182,25 +263,13 @@ inline TileView load_page_tile(const MemoryAttentionParams& p, const Block& bloc
 template <class T>
 inline TileView load_segment_tile(const MemoryAttentionParams& p, const Block& block,
                                   const KeyTile& tile) {
-  const T* k = static_cast<const T*>(p.k) + block.batch * p.k_batch_stride +
-               block.kv_head * p.k_head_stride + tile.first * p.k_token_stride;
-  const T* v = static_cast<const T*>(p.v) + block.batch * p.v_batch_stride +
-               block.kv_head * p.v_head_stride + tile.first * p.v_token_stride;
-  const float* keep = nullptr;
-  if (p.valid != nullptr) {
-    const bool* valid = p.valid + block.batch * p.valid_stride + tile.first;
-    for (int64_t j = 0; j < kTileKeys; ++j) {
-      block.keep[j] = j < tile.count && valid[j] ? 1.0f : 0.0f;
-      if (j < tile.count && !valid[j]) keep = block.keep;
-    }
-  }
-  pack_keys<false>(k, p.k_token_stride, nullptr, nullptr, nullptr, p.head_dim, tile.count,
-                   block.keys);
+  const float* keep = load_keep(p, block.batch, tile, block.keep);
+  pack_keys<false>(segment_keys<T>(p, block.batch, block.kv_head, tile), p.k_token_stride, nullptr,
+                   nullptr, nullptr, p.head_dim, tile.count, block.keys);
   const float* values =
-      load_values<T>(v, p.v_token_stride, nullptr, keep, p.head_dim, tile.count, block);
-  // Query t sees keys up to num_keys - 1 - (num_queries - 1 - t) * query_stride.
-  const int64_t first_visible = p.num_keys - (p.num_queries - 1) * p.query_stride - tile.first;
-  return {values, block.dim, keep, tile.count, first_visible, p.query_stride};
+      load_values<T>(segment_values<T>(p, block.batch, block.kv_head, tile), p.v_token_stride,
+                     nullptr, keep, p.head_dim, tile.count, block);
+  return segment_view(p, tile, values, block.dim, keep);
 }
 
 }  // namespace

@@ -92,9 +92,10 @@ inline void store(int8_t* p, Vec x) {
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
 }
 
-// 2^x for x below 2^7, exactly 0 below -126. Minimax polynomial on [0, 1), relative error 8.2e-8.
+// 2^x for x below 2^7, exactly 0 below -126, NaN for NaN. Minimax polynomial on [0, 1), relative
+// error 8.2e-8.
 inline Vec exp2(Vec x) {
-  const Vec clamped = _mm256_max_ps(x, _mm256_set1_ps(-126.0f));
+  const Vec clamped = _mm256_max_ps(_mm256_set1_ps(-126.0f), x);  // of a NaN, its second argument
   const Vec floor = _mm256_floor_ps(clamped);
   const Vec f = _mm256_sub_ps(clamped, floor);
   Vec y = _mm256_fmadd_ps(_mm256_set1_ps(0.001867130515165627f), f,
@@ -105,7 +106,7 @@ inline Vec exp2(Vec x) {
   y = _mm256_fmadd_ps(y, f, _mm256_set1_ps(1.0f));
   const __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(floor), 23);
   y = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(y), exponent));
-  return _mm256_and_ps(y, _mm256_cmp_ps(x, _mm256_set1_ps(-126.0f), _CMP_GE_OQ));
+  return _mm256_and_ps(y, _mm256_cmp_ps(x, _mm256_set1_ps(-126.0f), _CMP_NLT_UQ));
 }
 
 // Lanes `count` and above become -inf.
@@ -209,6 +210,25 @@ inline void store(Float8E4M3* p, Vec x) {
   const __m128i words = narrow(_mm256_or_si256(rounded, sign));
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
 }
+
+// Lane i is the sum of the lanes of r[i].
+inline Vec sum_each(const Vec (&r)[kLanes]) {
+  __m256 half[4], pair[2];
+  for (int i = 0; i < 4; ++i) {
+    half[i] = _mm256_add_ps(_mm256_permute2f128_ps(r[i], r[i + 4], 0x20),
+                            _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+  }
+  for (int i = 0; i < 2; ++i) {
+    const __m256 a = half[2 * i], b = half[2 * i + 1];
+    pair[i] = _mm256_add_ps(_mm256_shuffle_ps(a, b, 0x44), _mm256_shuffle_ps(a, b, 0xee));
+  }
+  return _mm256_add_ps(_mm256_shuffle_ps(pair[0], pair[1], 0x88),
+                       _mm256_shuffle_ps(pair[0], pair[1], 0xdd));
+}
+
+// Eight lanes of a; wider vectors have eight of b behind them.
+inline Vec eights(float a, float) { return broadcast(a); }
+inline Vec swap_eights(Vec x) { return x; }
 
 }  // namespace
 }  // namespace lychee

@@ -73,7 +73,8 @@ inline void store(int8_t* p, Vec x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x)));
 }
 
-// 2^x for x below 2^7, exactly 0 at -inf. Minimax polynomial on [0, 1), relative error 8.2e-8.
+// 2^x for x below 2^7, exactly 0 below -126 (subnormal weights would slow every product they
+// enter), NaN for NaN. Minimax polynomial on [0, 1), relative error 8.2e-8.
 inline Vec exp2(Vec x) {
   const Vec f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF);
   Vec y = _mm512_fmadd_ps(_mm512_set1_ps(0.001867130515165627f), f,
@@ -82,7 +83,8 @@ inline Vec exp2(Vec x) {
   y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(0.24016444385051727f));
   y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(0.6931512951850891f));
   y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(1.0f));
-  return _mm512_scalef_ps(y, x);
+  const __mmask16 normal = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+  return _mm512_maskz_scalef_ps(normal, y, x);
 }
 
 // Lanes `count` and above become -inf.
@@ -209,6 +211,31 @@ inline void store(Float8E4M3* p, Vec x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                    _mm512_cvtepi32_epi8(_mm512_or_si512(rounded, sign)));
 }
+
+// Lane i is the sum of the lanes of r[i].
+inline Vec sum_each(const Vec (&r)[kLanes]) {
+  __m512 half[8], quarter[4], pair[2];
+  for (int i = 0; i < 8; ++i) {
+    const __m512 a = r[i % 4 + i / 4 * 8], b = r[i % 4 + i / 4 * 8 + 4];
+    half[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+  }
+  for (int i = 0; i < 4; ++i) {
+    quarter[i] = _mm512_add_ps(_mm512_shuffle_f32x4(half[i], half[i + 4], 0x88),
+                               _mm512_shuffle_f32x4(half[i], half[i + 4], 0xdd));
+  }
+  for (int i = 0; i < 2; ++i) {
+    const __m512 a = quarter[2 * i], b = quarter[2 * i + 1];
+    pair[i] = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+  }
+  return _mm512_add_ps(_mm512_shuffle_ps(pair[0], pair[1], 0x88),
+                       _mm512_shuffle_ps(pair[0], pair[1], 0xdd));
+}
+
+// Eight lanes of a, then eight of b.
+inline Vec eights(float a, float b) {
+  return _mm512_mask_mov_ps(_mm512_set1_ps(a), 0xff00, _mm512_set1_ps(b));
+}
+inline Vec swap_eights(Vec x) { return _mm512_shuffle_f32x4(x, x, 0x4e); }
 
 }  // namespace
 }  // namespace lychee

@@ -98,9 +98,10 @@ inline void store(T* p, Vec x) {
   for (int i = 0; i < kLanes; ++i) from_float(p + i, x[i]);
 }
 
-// 2^x for x below 2^7, exactly 0 below -126. Minimax polynomial on [0, 1), relative error 8.2e-8.
+// 2^x for x below 2^7, exactly 0 below -126, NaN for NaN. Minimax polynomial on [0, 1), relative
+// error 8.2e-8.
 inline Vec exp2(Vec x) {
-  const Vec clamped = max(x, broadcast(-126.0f));
+  const Vec clamped = x < -126.0f ? broadcast(-126.0f) : x;
   const IntVec truncated = __builtin_convertvector(clamped, IntVec);
   const IntVec floor = truncated + (__builtin_convertvector(truncated, Vec) > clamped);
   const Vec f = clamped - __builtin_convertvector(floor, Vec);
@@ -110,7 +111,7 @@ inline Vec exp2(Vec x) {
   y = y * f + 0.6931512951850891f;
   y = y * f + 1.0f;
   y = reinterpret_cast<Vec>(reinterpret_cast<IntVec>(y) + (floor << 23));
-  return reinterpret_cast<Vec>(reinterpret_cast<IntVec>(y) & (x >= -126.0f));
+  return reinterpret_cast<Vec>(reinterpret_cast<IntVec>(y) & ~(x < -126.0f));
 }
 
 // Lanes `count` and above become -inf.
@@ -183,6 +184,15 @@ inline void store(Float8E4M3* p, Vec x) {
     p[i].bits = static_cast<uint8_t>(bits >> 24 & 0x80 | rounded);
   }
 }
+
+// Lane i is the sum of the lanes of r[i].
+inline Vec sum_each(const Vec (&r)[kLanes]) {
+  return Vec{reduce_add(r[0]), reduce_add(r[1]), reduce_add(r[2]), reduce_add(r[3])};
+}
+
+// As many lanes of a as there are; wider vectors have eight of b behind eight of a.
+inline Vec eights(float a, float) { return broadcast(a); }
+inline Vec swap_eights(Vec x) { return x; }
 
 }  // namespace
 }  // namespace lychee

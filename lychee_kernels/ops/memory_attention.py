@@ -41,7 +41,8 @@ def memory_attention(
         page_base: [B, max_pages], int32, contiguous, position of each page's first token; affine.
         num_pages: [B], int32, pages in use of each batch entry.
         valid: [B, S], bool, False hides a key of the segment; or None.
-        cos, sin: [N, D/2], float32, contiguous; affine only.
+        cos, sin: [N, D/2], float32, contiguous, angles linear in the position, as rope_tables
+            makes them; affine only.
         rope_mode: "none", page keys as stored, or "affine", the key at offset j of a page rotated
             at page_base + j.
         query_stride: int >= 0, segment keys from one query to the next.
@@ -57,12 +58,12 @@ def memory_attention(
             argument.
 
     Numerics: scores, softmax and sums in float32; independent of batch size and thread count.
-    Backward: q, k, v and float kv (rows that read one page add up). Devices: CPU.
+    Backward: q, k, v and float kv (rows that read one page add up, in a fixed order); sums in
+        float32, bitwise repeatable on any number of threads. Devices: CPU.
     Source: LycheeMemory, reasoning over compressed memory and working memory.
     Reference: lychee_kernels.ref.memory_attention.
     """
-    modes = " or ".join(ROPE_MODES)
-    check(rope_mode in ROPE_MODES, _OP, "rope_mode", modes, rope_mode)
+    check(rope_mode in ROPE_MODES, _OP, "rope_mode", "none or affine", rope_mode)
     if softmax_scale is None:
         softmax_scale = q.shape[-1] ** -0.5
     if backend(_OP) == "ref":
@@ -147,15 +148,25 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, dout, _):
-    (q, k, v, out, lse, kv, kv_scale, page_table, page_len, page_base, num_pages, valid, cos,
-     sin) = ctx.saved_tensors  # fmt: skip
-    dq, dk, dv, dkv = ref.memory_attention_backward(
-        dout, q, k, v, out, lse, kv=kv, kv_scale=kv_scale, layer=ctx.layer, page_table=page_table,
-        page_len=page_len, page_base=page_base, num_pages=num_pages, valid=valid, cos=cos, sin=sin,
-        rope_mode="affine" if ctx.rope_mode == ROPE_MODES["affine"] else "none",
-        query_stride=ctx.query_stride, softmax_scale=ctx.softmax_scale,
+    q, k, v, out, lse, kv, kv_scale, *rest = ctx.saved_tensors
+    bank_wanted = ctx.needs_input_grad[3] and kv_scale is None
+    if dout.stride(-1) != 1:
+        # as of a sum, whose gradient is one expanded number
+        dout = dout.contiguous()
+    dq, dk, dv, dkv = torch.ops.lychee.memory_attention_bwd(
+        dout, q, k, v, out, lse, kv, kv_scale, ctx.layer, *rest, ctx.rope_mode, ctx.query_stride,
+        ctx.softmax_scale, bank_wanted,
     )  # fmt: skip
-    return dq, dk, dv, dkv, *([None] * 12)
+    return dq, dk, dv, dkv if bank_wanted else None, *([None] * 12)
+
+
+@torch.library.register_fake("lychee::memory_attention_bwd")
+def _backward_fake(
+    dout, q, k, v, out, lse, kv, kv_scale, layer, page_table, page_len, page_base, num_pages,
+    valid, cos, sin, rope_mode, query_stride, softmax_scale, bank_wanted,
+):  # fmt: skip
+    dkv = kv.new_empty(kv.shape) if bank_wanted else q.new_empty(0)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dkv
 
 
 torch.library.register_autograd(f"lychee::{_OP}", _backward, setup_context=_setup_context)

@@ -4,7 +4,7 @@
 from .compress_pack import compress_pack, compress_pack_, write_memory_
 from .gated_mlp import gated_mlp_
 from .gather_chunks import gather_chunks, gather_chunks_
-from .memory_attention import memory_attention, memory_attention_backward
+from .memory_attention import memory_attention
 from .select_chunks import ChunkSelection, select_chunks
 
 __all__ = [
@@ -15,7 +15,6 @@ __all__ = [
     "gather_chunks",
     "gather_chunks_",
     "memory_attention",
-    "memory_attention_backward",
     "select_chunks",
     "write_memory_",
 ]

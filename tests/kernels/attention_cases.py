@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inputs of the attention and gather tests: banks with ragged pages and hostile tails."""
+"""Inputs of the attention and gather tests: banks with ragged pages and hostile tails; and the
+comparison with the reference."""
 
 from dataclasses import dataclass
 
 import torch
 
-from lychee_kernels import rope_tables
+from lychee_kernels import memory_attention, ref, rope_tables
 from lychee_kernels.ref.compress_pack import quantise
+from lychee_kernels.testing import compare
 
 QUANTISED = (torch.int8, torch.float8_e4m3fn)
 
@@ -108,3 +110,42 @@ def to_double(q, k, v, options):
         if tensor is not None and tensor.dtype not in QUANTISED:
             options[name] = tensor.double()
     return q.double(), k.double(), v.double(), options
+
+
+def check_forward(q, k, v, options):
+    actual = memory_attention(q, k, v, **options)
+    exact_q, exact_k, exact_v, exact_options = to_double(q, k, v, options)
+    exact, exact_lse = ref.memory_attention(exact_q, exact_k, exact_v, **exact_options)
+    baseline, baseline_lse = ref.memory_attention(q, k, v, **options)
+    compare(actual[0], exact, baseline)
+    compare(actual[1], exact_lse, baseline_lse)
+
+
+def gradients(function, q, k, v, options, grad):
+    """Gradients of q, k, v and a float bank for the output's gradient `grad`."""
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    options = dict(options)
+    bank = options.get("kv")
+    if bank is not None and bank.dtype not in QUANTISED:
+        options["kv"] = bank.detach().requires_grad_()
+        leaves.append(options["kv"])
+    out, lse = function(*leaves[:3], **options)
+    assert not lse.requires_grad
+    return torch.autograd.grad(out, leaves, grad.to(out.dtype))
+
+
+def check_gradients(q, k, v, options, grad):
+    actual = gradients(memory_attention, q, k, v, options, grad)
+    exact = gradients(ref.memory_attention, *to_double(q, k, v, options), grad)
+    baseline = gradients(ref.memory_attention, q, k, v, options, grad)
+    for result in zip(actual, exact, baseline, strict=True):
+        compare(*result)
+
+
+def op_arguments(q, k, v, options):
+    """Positional arguments of torch.ops.lychee.memory_attention."""
+    names = ("kv", "kv_scale", "layer", "page_table", "page_len", "page_base", "num_pages", "valid",
+             "cos", "sin")  # fmt: skip
+    rest = [options.get(name, 0 if name == "layer" else None) for name in names]
+    mode = 1 if options.get("rope_mode") == "affine" else 0
+    return q, k, v, *rest, mode, options["query_stride"], q.shape[-1] ** -0.5
