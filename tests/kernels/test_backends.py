@@ -48,7 +48,8 @@ def test_every_instruction_set_passes_the_accuracy_tests(isa):
         pytest.skip(f"{isa} is what the other tests use")
     files = [str(path) for op in TESTED for path in TESTS.glob(f"test_{op}*.py")]
     # cacheprovider off: the two pytest processes would share one cache folder
-    options = ["-q", "-p", "no:cacheprovider", "-k", "reference or rounds or batch or scores or special or equals"]
+    chosen = "reference or rounds or batch or scores or special or equals"
+    options = ["-q", "-p", "no:cacheprovider", "-k", chosen]
     code, output = run("-m", "pytest", *options, *files, LYCHEE_CPU_ISA=isa)
     assert code == 0 and " passed" in output, output
 
