@@ -128,9 +128,7 @@ DECODE = cases(
     (HALF, HALF),
     (HALF, BYTE),
 )
-PREFILL = cases(
-    [Attention(queries=512), Attention(queries=1536)], (FLOAT, FLOAT), (HALF, HALF), (HALF, BYTE)
-)
+PREFILL = cases([Attention(queries=512), Attention(queries=1536)], (FLOAT, FLOAT), (HALF, BYTE))
 TRAINING = cases(
     [
         Attention(queries=512, memory=256, batch=4, query_heads=8, kv_heads=2, head_dim=64),

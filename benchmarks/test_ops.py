@@ -10,7 +10,7 @@ from registry import REGISTRY
 from timing import Method, interleave
 
 # Seconds per case after the first calls; slow peers need more and get it.
-SECONDS = 1.5
+SECONDS = 1.0
 # Largest difference to a peer, as a share of the largest value: what rounding at every step costs
 # a composition in this dtype, and one level of a quantised row. Other integers are equal.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.int8: 1.001 / 127}

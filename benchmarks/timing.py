@@ -10,8 +10,8 @@ from itertools import count
 # A method faster than this is called once untimed before each timed run of calls: its code and
 # the threads' wake-up then cost it nothing, whichever method ran before.
 PRIME_BELOW = 0.02
-# Seconds that one method may take of one round, if several calls fit into it.
-SLICE = 0.05
+# Seconds that a peer, and that ours, may take of one round, if several calls fit into it.
+PEER_SLICE, OUR_SLICE = 0.05, 0.3
 ROUNDS = range(3, 21)
 CALLS = range(1, 11)
 
@@ -35,6 +35,7 @@ class Method:
 
     def __init__(self, function: Callable, arguments: list[dict], *, compiles: bool = False):
         self.function, self.arguments, self.compiles = function, arguments, compiles
+        self.slice = PEER_SLICE
         self.turn = count()
         self.samples: list[float] = []
         self.seconds = 0.0
@@ -55,7 +56,7 @@ class Method:
     @property
     def calls(self) -> int:
         """Timed calls per round."""
-        return clamp(SLICE / self.seconds, CALLS)
+        return clamp(self.slice / self.seconds, CALLS)
 
     def prime(self):
         if self.seconds < PRIME_BELOW:
@@ -84,6 +85,7 @@ def interleave(benchmark, ours: Method, peers: list[Method], seconds: float) -> 
     calls; every `ours.calls` calls, all peers have their turn.
     """
     methods = [ours, *peers]
+    ours.slice = OUR_SLICE
     one_round = sum(m.seconds * (m.calls + (m.seconds < PRIME_BELOW)) for m in methods)
     rounds = clamp(seconds / one_round, ROUNDS)
     turn = count()
