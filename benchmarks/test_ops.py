@@ -39,10 +39,14 @@ def check(entry, ours, theirs, name):
         assert error <= allowed, f"{entry.op} against {name}: differs by {error}, not {allowed}"
 
 
-@pytest.fixture(scope="session", autouse=True)
-def compiler():
-    """Code from torch.compile that follows set_num_threads, and that can run backward twice."""
-    threads = torch._inductor.config.patch({"cpp.dynamic_threads": True})
+@pytest.fixture(autouse=True)
+def compiler(entry, case):
+    """Code from torch.compile that follows set_num_threads, and that can run backward twice.
+
+    Such code runs every loop in parallel, so small cases are compiled for each number of threads.
+    """
+    follows = entry.bytes(case) > 1 << 20
+    threads = torch._inductor.config.patch({"cpp.dynamic_threads": follows})
     buffers = torch._functorch.config.patch(donated_buffer=False)
     with threads, buffers:
         yield
