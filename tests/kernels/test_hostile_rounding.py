@@ -2,12 +2,15 @@
 """Rounding of stored rows, bit by bit: exact ties and their neighbours, empty rows, bfloat16."""
 
 import bisect
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 
-from lychee_kernels import compress_pack, write_memory_
+from lychee_kernels import compress_pack, cpu_isa, write_memory_
 
 LEVELS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 quantised = pytest.mark.parametrize("dtype", LEVELS, ids=str)
@@ -144,3 +147,17 @@ def test_any_nan_stays_nan_in_bfloat16(dim):
     expected[:5, [1, 1 + dim // 2]] = True
     expected[9, [3, 3 + dim // 2]] = True
     assert torch.equal(q_rot.isnan(), expected)
+
+
+@pytest.mark.parametrize("isa", ["generic", "avx2"])
+def test_every_instruction_set_rounds_the_same(isa):
+    order = ["generic", "avx2", "avx512"]
+    if order.index(isa) >= order.index(cpu_isa()):
+        pytest.skip(f"this processor uses {cpu_isa()} already")
+    # cacheprovider off: the two pytest processes would share one cache folder
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    result = subprocess.run(
+        [*command, "-k", "not instruction_set"], env=os.environ | {"LYCHEE_CPU_ISA": isa},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0 and " passed" in result.stdout, result.stdout
