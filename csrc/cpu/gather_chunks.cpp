@@ -5,10 +5,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <atomic>
 #include <tuple>
@@ -128,18 +124,6 @@ Dtype float_dtype(ScalarType dtype, const char* op, const char* argument) {
     default:
       fail(op, argument, "dtype float32, bfloat16 or float16", dtype_name(dtype));
   }
-}
-
-// Fresh memory costs more than filling it: at 4 KiB a page fault, six times the gather itself.
-void prefer_huge_pages(const Tensor& t) {
-#if defined(__linux__)
-  constexpr uintptr_t kHugePage = 1 << 21;
-  const uintptr_t data = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
-  const uintptr_t begin = (data + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t end = (data + t.numel() * t.element_size()) / kHugePage * kHugePage;
-  // Advice only: where it is refused, small pages do.
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
 }
 
 // Threads draw runs of items: entries that hold no page cost much less than others.
