@@ -68,7 +68,7 @@ def check_slots(op, kv, page_table, slot0, mem_valid, batch, memory):
         check_dtype(op, "mem_valid", mem_valid, torch.bool)
         count = mem_valid.sum(1)
     check_all(op, "slot0", slot0, 0, 2**31 - 1)
-    page_tokens, width = kv.shape[4], page_table.shape[1]
+    page_tokens, width, slot0 = kv.shape[4], page_table.shape[1], slot0.long()
     first, end = slot0 // page_tokens, (slot0 + count + page_tokens - 1) // page_tokens
     needed = torch.where(count > 0, end, 0).max().item() if batch else 0
     check(needed <= width, op, "page_table", f"at least {needed} pages per row", width)

@@ -200,6 +200,9 @@ def _check_memory(
     if memory is None:
         memory = k.shape[0] // batch
         check_shape(op, "k", k, (batch * memory, *k.shape[1:]))
+    # the reference takes float64 as well
+    got = str(k.dtype).removeprefix("torch.")
+    check(k.is_floating_point(), op, "k", "dtype float32, bfloat16 or float16", got)
     check_shape(op, "v", v, k.shape)
     check_dtype(op, "v", v, k.dtype)
     check_bank(op, kv, kv_scale, layer, *k.shape[1:])
