@@ -109,8 +109,8 @@ inline void check_cpu(const Tensor& tensor, const char* op, const char* argument
   check(tensor.is_cpu(), op, argument, "a CPU tensor", "a tensor on another device");
 }
 
-inline Dtype io_dtype(const Tensor& tensor, const char* op, const char* argument) {
-  switch (tensor.scalar_type()) {
+inline Dtype io_dtype(ScalarType dtype, const char* op, const char* argument) {
+  switch (dtype) {
     case ScalarType::Float:
       return Dtype::kFloat32;
     case ScalarType::BFloat16:
@@ -118,8 +118,12 @@ inline Dtype io_dtype(const Tensor& tensor, const char* op, const char* argument
     case ScalarType::Half:
       return Dtype::kFloat16;
     default:
-      fail(op, argument, "dtype float32, bfloat16 or float16", dtype_name(tensor.scalar_type()));
+      fail(op, argument, "dtype float32, bfloat16 or float16", dtype_name(dtype));
   }
+}
+
+inline Dtype io_dtype(const Tensor& tensor, const char* op, const char* argument) {
+  return io_dtype(tensor.scalar_type(), op, argument);
 }
 
 inline Dtype bank_dtype(const Tensor& tensor, const char* op, const char* argument) {

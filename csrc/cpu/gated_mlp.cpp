@@ -5,32 +5,15 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <atomic>
-#include <cstdlib>
-#include <memory>
-#include <string>
-
 #include "check.h"
 #include "cpu/isa.h"
+#include "cpu/scratch.h"
 #include "stable.h"
 
 namespace lychee {
 namespace {
 
 constexpr const char* kOp = "gated_mlp_";
-
-struct Free {
-  void operator()(float* data) const { std::free(data); }
-};
-using FloatBuffer = std::unique_ptr<float, Free>;
-
-// At least `count` floats, whole cache lines.
-FloatBuffer allocate_floats(int64_t count) {
-  const size_t bytes = (static_cast<size_t>(count) * sizeof(float) + 63) / 64 * 64;
-  float* data = static_cast<float*>(std::aligned_alloc(64, bytes));
-  check(data != nullptr, kOp, "scratch", std::to_string(bytes) + " bytes", "none: out of memory");
-  return FloatBuffer(data);
-}
 
 const float* weight(const Tensor& t, std::initializer_list<int64_t> sizes, const char* argument) {
   check_cpu(t, kOp, argument);
@@ -49,34 +32,24 @@ void run_slices(GatedMlpParams p) {
   const int64_t fit = kPackedBytes / per_panel > 1 ? kPackedBytes / per_panel : 1;
   const int64_t slice = (fit < panels_of(inner) ? fit : panels_of(inner)) * kPanel;
 
-  const FloatBuffer normed = allocate_floats(items * kItemRows * p.hidden);
+  const FloatBuffer normed = allocate_floats(items * kItemRows * p.hidden, kOp);
   p.normed = normed.get();
   torch::stable::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) norm(p, item);
   });
   const int64_t half = slice * p.hidden;
-  const FloatBuffer packed = allocate_floats(2 * half + panels_of(p.hidden) * kPanel * slice);
+  const FloatBuffer packed = allocate_floats(2 * half + panels_of(p.hidden) * kPanel * slice, kOp);
   p.packed_gate = packed.get();
   p.packed_up = p.packed_gate + half;
   p.packed_down = p.packed_up + half;
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t workers = threads < items ? threads : items;
-  const int64_t scratch = gated_mlp_scratch(slice);
-  const FloatBuffer buffers = allocate_floats(workers * scratch);
-
   for (p.first = 0; p.first < inner; p.first += slice) {
     p.count = inner - p.first < slice ? inner - p.first : slice;
     const int64_t panels = 2 * panels_of(p.count) + panels_of(p.hidden);
     torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
       for (int64_t index = begin; index < end; ++index) pack(p, index);
     });
-    std::atomic<int64_t> next{0}, worker{0};
-    torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
-      float* own = buffers.get() + worker.fetch_add(1) * scratch;
-      for (int64_t item = next.fetch_add(1); item < items; item = next.fetch_add(1)) {
-        multiply(p, item, own);
-      }
-    });
+    for_each_item(items, gated_mlp_scratch(slice), kOp,
+                  [&](int64_t item, float* scratch) { multiply(p, item, scratch); });
   }
 }
 

@@ -113,19 +113,6 @@ void set_bank(GatherChunksParams* p, const Tensor& kv, const OptionalTensor& kv_
   p->scale_head_stride = kv_scale->stride(2), p->scale_part_stride = kv_scale->stride(3);
 }
 
-Dtype float_dtype(ScalarType dtype, const char* op, const char* argument) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return Dtype::kFloat32;
-    case ScalarType::BFloat16:
-      return Dtype::kBFloat16;
-    case ScalarType::Half:
-      return Dtype::kFloat16;
-    default:
-      fail(op, argument, "dtype float32, bfloat16 or float16", dtype_name(dtype));
-  }
-}
-
 // Threads draw runs of items: entries that hold no page cost much less than others.
 template <class Kernel, class Params>
 void run_items(Kernel kernel, const Params& p, int64_t items) {
@@ -187,7 +174,7 @@ std::tuple<Tensor, Tensor, Tensor> gather_chunks_cpu(
   const char* op = "gather_chunks";
   GatherChunksParams p = make_params(kv, kv_scale, page_table, page_len, page_base, num_pages, cos,
                                      sin, first_layer, last_layer, rope_mode, op);
-  p.dtype = float_dtype(out_dtype, op, "out_dtype");
+  p.dtype = io_dtype(out_dtype, op, "out_dtype");
   const std::vector<int64_t> sizes{p.layers, p.table.batch, p.num_kv_heads,
                                    p.table.max_pages * p.page_tokens, p.head_dim};
   Tensor k = new_output(sizes, out_dtype), v = new_output(sizes, out_dtype);
@@ -257,7 +244,7 @@ Tensor gather_chunks_bwd_cpu(const Tensor& dk, const Tensor& dv, const Tensor& p
   check_head_dim(p.head_dim, op, "dk");
   check_range(first_layer, 0, bank_layers - p.layers, op, "first_layer");
   p.dtype = io_dtype(dk, op, "dk");
-  p.bank_dtype = float_dtype(bank_dtype, op, "bank_dtype");
+  p.bank_dtype = io_dtype(bank_dtype, op, "bank_dtype");
   p.table = make_table(page_table, page_len, page_base, num_pages, cos, sin, rope_mode, bank_pages,
                        page_tokens, p.head_dim, op);
   const int64_t tokens = p.table.max_pages * page_tokens;

@@ -114,8 +114,7 @@ inline void stream_tokens(const PageRows<Stored>& in, const float* cos, const fl
       }
       gather_row(in, first + j, cos, sin, buffer + j * dim, dim);
     }
-    stream(reinterpret_cast<char*>(out + first * dim), reinterpret_cast<const char*>(buffer),
-           rows * dim * sizeof(T));
+    stream_bytes(out + first * dim, buffer, rows * dim * sizeof(T));
   }
 }
 
@@ -177,7 +176,7 @@ void gather_pages(const GatherChunksParams& p, int64_t begin, int64_t end) {
     gather_tokens(v, nullptr, nullptr, rows_at<T>(p.v, layer, b, head, first), p.v.token_stride,
                   p.page_tokens, dim, p.streamed);
   }
-  stream_end();
+  fence();
 }
 
 // sum += row, rotated backwards where cos is given.

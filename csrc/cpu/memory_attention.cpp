@@ -9,6 +9,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/memory_attention_host.h"
+#include "cpu/scratch.h"
 #include "stable.h"
 
 namespace lychee {
@@ -36,10 +37,10 @@ void run_blocks(MemoryAttentionParams* p, int64_t blocks) {
   FloatBuffer partial(nullptr, &std::free);
   if (p->num_splits > 1) {
     p->partial_stride = padded_dim(p->head_dim) + kPadLanes;
-    partial = allocate_floats(items * p->block_rows * p->partial_stride);
+    partial = allocate_floats(items * p->block_rows * p->partial_stride, "memory_attention");
     p->partial = partial.get();
   }
-  for_each_item(items, memory_attention_scratch(p->head_dim, p->block_rows),
+  for_each_item(items, memory_attention_scratch(p->head_dim, p->block_rows), "memory_attention",
                 [&](int64_t item, float* scratch) { attend(*p, item, scratch); });
   if (p->num_splits == 1) return;
   torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {

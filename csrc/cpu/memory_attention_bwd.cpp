@@ -11,6 +11,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/memory_attention_host.h"
+#include "cpu/scratch.h"
 #include "stable.h"
 
 namespace lychee {
@@ -85,7 +86,7 @@ void run_chunks(const MemoryAttentionBwdParams& p) {
   const auto kernel = LYCHEE_ISA_TABLE(MemoryAttentionBwdFn, memory_attention_bwd).pick();
   const int64_t chunks = (p.in.batch + p.chunk_batch - 1) / p.chunk_batch;
   const int64_t rows = p.in.num_queries * (p.in.num_heads / p.in.num_kv_heads);
-  for_each_item(chunks * p.in.num_kv_heads, memory_attention_bwd_scratch(p.in.head_dim, rows),
+  for_each_item(chunks * p.in.num_kv_heads, memory_attention_bwd_scratch(p.in.head_dim, rows), kOp,
                 [&](int64_t item, float* scratch) { kernel(p, item, scratch); });
 }
 
@@ -100,7 +101,7 @@ Tensor bank_gradient(MemoryAttentionBwdParams* p, const Tensor& kv, int64_t laye
   std::memset(dkv.mutable_data_ptr(), 0, dkv.numel() * dkv.element_size());
   const Slots slots = assign_slots(*p, tiles, kv.size(0));
   const int64_t page = p->in.num_kv_heads * 2 * p->page_tokens * p->in.head_dim;
-  FloatBuffer sums = allocate_floats(static_cast<int64_t>(slots.of_page.size()) * page);
+  FloatBuffer sums = allocate_floats(static_cast<int64_t>(slots.of_page.size()) * page, kOp);
   p->tile_slot = slots.of_tile.data(), p->slot_begin = slots.begin.data();
   p->pages = slots.pages.data(), p->page_begin = slots.page_begin.data();
   p->page_slots = slots.of_page.data(), p->slots = sums.get();

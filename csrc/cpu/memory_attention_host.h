@@ -1,11 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// What memory_attention and its backward share on the host: checked arguments as parameters and key
-// tiles, scratch, and the distribution of work items over threads.
+// What memory_attention and its backward share on the host: checked arguments as parameters, and
+// key tiles.
 #pragma once
 
-#include <cstdlib>
-#include <functional>
-#include <memory>
+#include <optional>
 #include <vector>
 
 #include "check.h"
@@ -33,14 +31,5 @@ struct KeyTiles {
 // Throws where an argument is wrong. The parameters point into the tensors and into `tiles`;
 // outputs and partition are left to the caller.
 MemoryAttentionParams read_inputs(const MemoryAttentionInputs& inputs, KeyTiles* tiles);
-
-// 64-byte aligned and not initialised.
-using FloatBuffer = std::unique_ptr<float, decltype(&std::free)>;
-FloatBuffer allocate_floats(int64_t count);
-
-// Calls fn(item, scratch) for every item. Threads draw items one by one, last first: the last
-// blocks of a causal segment are the longest.
-void for_each_item(int64_t items, int64_t scratch_floats,
-                   const std::function<void(int64_t, float*)>& fn);
 
 }  // namespace lychee

@@ -147,16 +147,6 @@ inline void store_pair(T* p, Vec a, Vec b) {
   store(p + kLanes, b);
 }
 
-// Copies past the caches; out is aligned to 64 bytes, bytes is a multiple of 64. Other threads see
-// it after stream_end.
-inline void stream(char* out, const char* in, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 32) {
-    const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + i));
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(out + i), x);
-  }
-}
-inline void stream_end() { _mm_sfence(); }
-
 // 2 * kLanes consecutive elements as the even and the odd ones: shifts instead of shuffles.
 inline void load_even_odd(const BFloat16* p, Vec* even, Vec* odd) {
   const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));

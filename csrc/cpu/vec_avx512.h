@@ -149,15 +149,6 @@ inline void store_pair(BFloat16* p, Vec a, Vec b) {
   _mm512_storeu_si512(p, _mm512_permutex2var_epi16(round_to_high(a), high, round_to_high(b)));
 }
 
-// Copies past the caches; out is aligned to 64 bytes, bytes is a multiple of 64. Other threads see
-// it after stream_end.
-inline void stream(char* out, const char* in, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) {
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(out + i), _mm512_loadu_si512(in + i));
-  }
-}
-inline void stream_end() { _mm_sfence(); }
-
 // 2 * kLanes consecutive elements as the even and the odd ones: shifts instead of shuffles.
 inline void load_even_odd(const BFloat16* p, Vec* even, Vec* odd) {
   const __m512i bits = _mm512_loadu_si512(p);

@@ -141,10 +141,6 @@ inline void store_pair(T* p, Vec a, Vec b) {
   store(p + kLanes, b);
 }
 
-// Copies; elsewhere past the caches, which takes 64-byte alignment and stream_end.
-inline void stream(char* out, const char* in, int64_t bytes) { memcpy(out, in, bytes); }
-inline void stream_end() {}
-
 typedef uint32_t UintVec __attribute__((vector_size(16)));
 
 // 2 * kLanes consecutive elements as the even and the odd ones: shifts instead of shuffles.
