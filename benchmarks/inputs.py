@@ -114,6 +114,17 @@ def gated_mlp(case: Case) -> Arguments:
     return {"ours": [ours], "eager": [arguments]}
 
 
+def linear(case: Case) -> Arguments:
+    rows, hidden, outputs = case.shape.rows, case.shape.hidden, case.shape.outputs
+    arguments = {
+        "x": torch.randn(rows, hidden),
+        "norm_weight": 1 + 0.1 * torch.randn(hidden),
+        "weight": torch.randn(outputs, hidden) * hidden**-0.5,
+        "eps": 1e-6,
+    }
+    return {"ours": [arguments | {"out": torch.empty(rows, outputs)}], "eager": [arguments]}
+
+
 def select_chunks(case: Case) -> Arguments:
     chunks, pages_per_chunk = case.shape.chunks, CHUNK_TOKENS // PAGE
     arguments = {

@@ -67,6 +67,22 @@ def gated_mlp_flops(case: Case) -> int:
     return 6 * case.shape.rows * case.shape.hidden * case.shape.intermediate
 
 
+def linear(x, out, **arguments):
+    """One projection behind its norm, as the compressor calls it."""
+    lk.linear_(out, x, **arguments)
+    return out
+
+
+def linear_bytes(case: Case) -> int:
+    shape = case.shape
+    numbers = shape.rows * (shape.hidden + shape.outputs) + shape.hidden * shape.outputs
+    return numbers * case.dtype.itemsize
+
+
+def linear_flops(case: Case) -> int:
+    return 2 * case.shape.rows * case.shape.hidden * case.shape.outputs
+
+
 def select_chunks_bytes(case: Case) -> int:
     pages = inputs.CHUNK_TOKENS // PAGE
     per_selected = 4 * (pages * 4 + 1)  # pages read, and four results written
@@ -126,6 +142,16 @@ REGISTRY = (
         peers={"eager": (peers.gated_mlp, "eager")},
         bytes=gated_mlp_bytes,
         flops=gated_mlp_flops,
+        traffic="copy",
+    ),
+    Entry(
+        op="linear",
+        cases=shapes.LINEAR,
+        inputs=inputs.linear,
+        ours=linear,
+        peers={"eager": (peers.linear, "eager")},
+        bytes=linear_bytes,
+        flops=linear_flops,
         traffic="copy",
     ),
     Entry(

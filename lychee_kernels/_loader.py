@@ -16,6 +16,7 @@ IMPLEMENTATIONS = {
     "write_memory_": ("cpp", "ref"),
     "memory_attention": ("cpp", "ref"),
     "gated_mlp_": ("cpp", "ref"),
+    "linear_": ("cpp", "ref"),
     "select_chunks": ("cpp", "ref"),
     "gather_chunks": ("cpp", "ref"),
     "gather_chunks_": ("cpp", "ref"),
