@@ -75,6 +75,13 @@ def gated_mlp(case: Case, x, scratch, eps, **weights) -> Exact:
     return Exact((x,))
 
 
+def linear(case: Case, x, out, eps, **weights) -> Exact:
+    out = torch.empty(out.shape, dtype=torch.float64)
+    weights = {name: weight.double() for name, weight in weights.items()}
+    ref.linear_(out, x.double(), eps=eps, **weights)
+    return Exact((out,))
+
+
 def select_chunks(case: Case, **arguments) -> Exact:
     return Exact(selected_pages(ref.select_chunks(**arguments)))
 
