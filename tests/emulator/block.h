@@ -117,16 +117,15 @@ struct Block {
 inline thread_local Block* current_block = nullptr;
 inline thread_local Thread* current_thread = nullptr;
 
-// Read by device code at every threadIdx and blockIdx: hidden from ThreadSanitizer like the rest.
-__attribute__((no_sanitize("thread"), noinline)) inline void set_current(Block* block,
-                                                                         Thread* thread) {
+// Read by device code at every threadIdx and blockIdx.
+LYCHEE_EMULATOR_HIDDEN inline void set_current(Block* block, Thread* thread) {
   current_block = block;
   current_thread = thread;
 }
 
 inline unsigned char* shared_memory() { return current_block->shared; }
 
-inline void leave_thread() {
+LYCHEE_EMULATOR_HIDDEN inline void leave_thread() {
   switch_context(current_thread->stack.context, current_block->scheduler);
 }
 
