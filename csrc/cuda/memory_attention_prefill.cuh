@@ -65,8 +65,9 @@ LYCHEE_DEVICE void load_eight(const float* from, float (&x)[8]) {
   x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
 }
 
-// Rows of a tile from `from` to `to`, which may be the same where elements have 16 bits; keys turned
-// by the tables' rows from `position` on where `rotate`. Each thread turns eight pairs (d, d + D/2).
+// Rows of a tile from `from` to `to`, which may be the same where elements have 16 bits; keys
+// turned by the tables' rows from `position` on where `rotate`. Each thread turns eight pairs (d, d
+// + D/2).
 template <class Query, int D>
 LYCHEE_DEVICE void convert_rows(const MemoryAttentionParams& p, const unsigned char* from,
                                 unsigned char* to, Dtype dtype, bool rotate, int64_t position) {
@@ -75,8 +76,8 @@ LYCHEE_DEVICE void convert_rows(const MemoryAttentionParams& p, const unsigned c
 #pragma unroll 1
   for (int i = threadIdx.x; i < kTileKeys * kUnits; i += kAttentionThreads) {
     const int row = i / kUnits, unit = i % kUnits;
-    const int first = packed ? swizzled<D>(row, unit / 2) + unit % 2 * 8
-                             : swizzled<D * 2>(row, unit);
+    const int first =
+        packed ? swizzled<D>(row, unit / 2) + unit % 2 * 8 : swizzled<D * 2>(row, unit);
     const int second = packed ? swizzled<D>(row, (unit + kUnits) / 2) + unit % 2 * 8
                               : swizzled<D * 2>(row, unit + kUnits);
     float x[8], y[8];
@@ -116,8 +117,12 @@ struct PrefillBlock {
 
   LYCHEE_DEVICE PrefillBlock(const MemoryAttentionParams& params, const Work& part,
                              unsigned char* memory)
-      : p(params), work(part), shared(memory), lane(static_cast<int>(threadIdx.x) & 31),
-        group(lane >> 2), member(lane & 3),
+      : p(params),
+        work(part),
+        shared(memory),
+        lane(static_cast<int>(threadIdx.x) & 31),
+        group(lane >> 2),
+        member(lane & 3),
         first_row(static_cast<int>(threadIdx.x) / 32 * 16) {
     first_limit = last_key(p, find_row(p, work, 0).token);
 #pragma unroll
@@ -144,8 +149,8 @@ struct PrefillBlock {
 
   template <bool kPacked>
   LYCHEE_DEVICE unsigned char* stage_keys(int stage) const {
-    return shared + (kPacked ? Layout::kPacked + stage * Layout::kRowsBytes
-                             : stage * Layout::kTileBytes);
+    return shared +
+           (kPacked ? Layout::kPacked + stage * Layout::kRowsBytes : stage * Layout::kTileBytes);
   }
   LYCHEE_DEVICE float* stage_scales(int stage) const {
     return reinterpret_cast<float*>(shared + Layout::kScales + stage * Layout::kScaleBytes);
@@ -186,8 +191,8 @@ struct PrefillBlock {
   LYCHEE_DEVICE void scale_and_mask(int stage, int first_key,
                                     float (&scores)[kKeyGroups][4]) const {
     const uint2 keep = *stage_keep(stage);
-    const bool whole = (keep.x & keep.y) == ~0u &&
-                       (!kSegment || first_key + kTileKeys - 1 <= first_limit);
+    const bool whole =
+        (keep.x & keep.y) == ~0u && (!kSegment || first_key + kTileKeys - 1 <= first_limit);
 #pragma unroll
     for (int n = 0; n < kKeyGroups; ++n) {
       const int pair = n * 8 + member * 2;
@@ -245,8 +250,7 @@ struct PrefillBlock {
     for (int n = 0; n < kKeyGroups; ++n) {
       const int pair = n * 8 + member * 2;
       const uint32_t bits = (n < 4 ? keep.x : keep.y) >> pair % 32;
-      const float2 scale =
-          *reinterpret_cast<const float2*>(stage_scales(stage) + kTileKeys + pair);
+      const float2 scale = *reinterpret_cast<const float2*>(stage_scales(stage) + kTileKeys + pair);
       const float even = bits & 1 ? scale.x * kValueBoost : 0.0f;
       const float odd = bits & 2 ? scale.y * kValueBoost : 0.0f;
 #pragma unroll

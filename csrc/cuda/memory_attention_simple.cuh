@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // memory_attention without tensor cores: every dtype, mixture of dtypes, head dimension and stride,
 // in float32. Correct, and far from the machine's limits. A tile of 32 keys and values lies in
-// shared memory; each of four warps owns four rows, its lanes keys for the scores and dimensions for
-// the outputs.
+// shared memory; each of four warps owns four rows, its lanes keys for the scores and dimensions
+// for the outputs.
 #pragma once
 
 #include "cuda/memory_attention_merge.cuh"
@@ -10,8 +10,8 @@
 namespace lychee::cuda {
 
 constexpr int kSimpleKeys = 32;
-constexpr int kSimpleRows = kDecodeRows / 4;    // of a warp
-constexpr int kSimpleColumns = 256 / 32;        // of a lane, at most
+constexpr int kSimpleRows = kDecodeRows / 4;  // of a warp
+constexpr int kSimpleColumns = 256 / 32;      // of a lane, at most
 
 constexpr int64_t simple_shared_bytes(int head_dim) {
   const int64_t dim = head_dim;
@@ -53,7 +53,10 @@ struct SimpleBlock {
 
   LYCHEE_DEVICE SimpleBlock(const MemoryAttentionParams& params, const Work& part,
                             unsigned char* shared)
-      : p(params), work(part), dim(p.head_dim), lane(static_cast<int>(threadIdx.x) & 31),
+      : p(params),
+        work(part),
+        dim(p.head_dim),
+        lane(static_cast<int>(threadIdx.x) & 31),
         first_row(static_cast<int>(threadIdx.x) / 32 * kSimpleRows) {
     q = reinterpret_cast<float*>(shared);
     k = q + kDecodeRows * dim;
