@@ -82,7 +82,10 @@ void set_bank(MemoryAttentionParams* p, const MemoryAttentionInputs& in) {
     p->page_base = ints(in.page_base);
     p->cos = static_cast<const float*>(in.cos->const_data_ptr());
     p->sin = static_cast<const float*>(in.sin->const_data_ptr());
-    p->positions = in.cos->size(0);
+    check_range(in.cos->size(0), 0, INT32_MAX, kOp, "cos");
+    p->positions = static_cast<int32_t>(in.cos->size(0));
+    // no table: no key can be rotated, so that no page may hold one
+    if (p->positions == 0) p->max_pages = 0;
   }
   if (!in.kv_scale.has_value()) return;
   const Tensor& scale = *in.kv_scale;

@@ -31,7 +31,7 @@ struct MemoryAttentionParams {
   const bool* valid;  // [B, num_keys], or null
   int64_t valid_stride;
   const float *cos, *sin;  // [positions, head_dim / 2], or null: page keys as stored
-  int64_t positions;
+  int32_t positions;
   int64_t query_stride;
   float scale_log2;  // softmax scale * log2(e)
 

@@ -70,7 +70,7 @@ LYCHEE_DEVICE void load_eight(const float* from, float (&x)[8]) {
 // + D/2).
 template <class Query, int D>
 LYCHEE_DEVICE void convert_rows(const MemoryAttentionParams& p, const unsigned char* from,
-                                unsigned char* to, Dtype dtype, bool rotate, int64_t position) {
+                                unsigned char* to, Dtype dtype, bool rotate, int position) {
   constexpr int kUnits = D / 16;
   const bool packed = dtype == Dtype::kInt8 || dtype == Dtype::kFloat8E4M3;
 #pragma unroll 1
@@ -84,7 +84,8 @@ LYCHEE_DEVICE void convert_rows(const MemoryAttentionParams& p, const unsigned c
     unpack_eight<Query>(from + first, dtype, x);
     unpack_eight<Query>(from + second, dtype, y);
     if (rotate) {
-      const int64_t at = min(position + row, p.positions - 1) * (D / 2) + unit * 8;
+      const int64_t at =
+          static_cast<int64_t>(min(position + row, p.positions - 1)) * (D / 2) + unit * 8;
       float c[8], s[8];
       load_eight(p.cos + at, c);
       load_eight(p.sin + at, s);
@@ -281,7 +282,7 @@ struct PrefillBlock {
 
   // Makes a landed tile what the products read; ends with a barrier where it does anything.
   template <bool kPacked, bool kSegment>
-  LYCHEE_DEVICE void prepare(int stage, int64_t position) const {
+  LYCHEE_DEVICE void prepare(int stage, int position) const {
     const bool rotate = !kSegment && p.cos != nullptr;
     if (!kPacked && !rotate) return;
     const Dtype dtype = kPacked ? p.bank_dtype : p.dtype;
@@ -301,13 +302,13 @@ struct PrefillBlock {
     Tile next = source.tile(begin);
     start_copies<kPacked>(source, next, 0);
     copy_commit();
-    int64_t position = next.position, next_position = 0;
+    int position = next.position;
     if (begin + 1 < end) next = source.tile(begin + 1);
     for (int index = begin; index < end; ++index) {
       const int stage = (index - begin) & 1;
       if (index + 1 < end) start_copies<kPacked>(source, next, stage ^ 1);
       copy_commit();
-      next_position = next.position;
+      const int next_position = next.position;
       if (index + 2 < end) next = source.tile(index + 2);
       copy_wait<1>();
       __syncthreads();

@@ -100,7 +100,7 @@ struct SimpleBlock {
           x *= scale, y *= scale, value[0] *= value_scale, value[1] *= value_scale;
         }
         if (!Source::kSegment && p.cos != nullptr) {
-          const int64_t at = (tile.position + row) * half + d;
+          const int64_t at = static_cast<int64_t>(tile.position + row) * half + d;
           const float c = p.cos[at], s = p.sin[at], turned = x * c - y * s;
           y = y * c + x * s;
           x = turned;

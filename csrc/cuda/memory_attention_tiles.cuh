@@ -92,7 +92,7 @@ LYCHEE_DEVICE int last_key(const MemoryAttentionParams& p, int64_t token) {
 struct Tile {
   const unsigned char *k, *v;  // their first rows
   const float* scale;          // of the first key
-  int64_t position;            // of the first key; pages in affine mode
+  int position;                // of the first key; pages in affine mode
   uint32_t keep[2];            // bit i % 32 of word i / 32: key i exists and is not hidden
 };
 
@@ -130,9 +130,9 @@ struct PageSource {
     Tile tile;
     tile.position = 0;
     if (p.page_base != nullptr) {
-      count = static_cast<int>(min(static_cast<int64_t>(count), p.positions));
-      const int64_t base = static_cast<int64_t>(p.page_base[first_entry + entry]) + first;
-      tile.position = max(min(base, p.positions - max(count, 0)), static_cast<int64_t>(0));
+      count = min(count, p.positions);
+      const int base = max(p.page_base[first_entry + entry], 0);
+      tile.position = min(base, p.positions - max(count, 0) - first) + first;
     }
     tile.k = head + (page * p.page_stride + first * p.page_token_stride) * element_bytes;
     tile.v = tile.k + p.page_part_stride * element_bytes;

@@ -37,7 +37,7 @@ LYCHEE_DEVICE void fill_turns(const MemoryAttentionParams& p, unsigned char* tab
                     fragment_dimension<kQuantised>(step, 1, member)};
   for (int key = static_cast<int>(threadIdx.x) / kChunks; key < kTileKeys;
        key += kAttentionThreads / kChunks) {
-    const int64_t row = min(static_cast<int64_t>(key), p.positions - 1) * (D / 2);
+    const int row = min(key, p.positions - 1) * (D / 2);
     uint32_t cosines[2], sines[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -74,13 +74,13 @@ LYCHEE_DEVICE void turn_keys(uint32_t& low, uint32_t& high, uint32_t c, uint32_t
 
 // Starts copying the tables' rows at `position`, D * 4 bytes: cosines, then sines.
 template <int D>
-LYCHEE_DEVICE void copy_turn(unsigned char* shared, const MemoryAttentionParams& p,
-                             int64_t position) {
+LYCHEE_DEVICE void copy_turn(unsigned char* shared, const MemoryAttentionParams& p, int position) {
   constexpr int kChunks = D / 8;
   const int chunk = static_cast<int>(threadIdx.x);
   if (chunk >= 2 * kChunks) return;
   const float* const table = chunk < kChunks ? p.cos : p.sin;
-  copy_async(shared + chunk * 16, table + position * (D / 2) + chunk % kChunks * 4, true);
+  copy_async(shared + chunk * 16,
+             table + static_cast<int64_t>(position) * (D / 2) + chunk % kChunks * 4, true);
 }
 
 // Pairs of two queries' dimensions d and d + D / 2, turned back by cosines c and sines s.
