@@ -3,7 +3,7 @@
 
 __version__ = "0.1.0"
 
-from ._loader import backends, cpu_isa, load_library
+from ._loader import backends, cpu_isa, load_library, refuse_cuda_tensors
 
 load_library()
 
@@ -14,6 +14,8 @@ from .ops.linear import linear_  # noqa: E402
 from .ops.memory_attention import memory_attention  # noqa: E402
 from .ops.select_chunks import ChunkSelection, select_chunks  # noqa: E402
 from .rope import rope_tables  # noqa: E402
+
+refuse_cuda_tensors()
 
 __all__ = [
     "ChunkSelection",
