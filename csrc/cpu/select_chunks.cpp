@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // select_chunks on CPU: checks, parameters, registration.
-#include "cpu/select_chunks.h"
+#include "select_chunks_params.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
