@@ -23,11 +23,10 @@ inline bool poison_outputs() {
   return value != nullptr && std::strcmp(value, "1") == 0;
 }
 
-// A dense tensor whose dimensions lie in memory in the order `memory_order` (outermost first).
-inline torch::stable::Tensor new_output_on(int32_t device_type, int32_t device_index,
-                                           const std::vector<int64_t>& sizes,
-                                           torch::headeronly::ScalarType dtype,
-                                           const std::vector<int>& memory_order) {
+// A dense CPU tensor whose dimensions lie in memory in the order `memory_order` (outermost first).
+inline torch::stable::Tensor new_output(const std::vector<int64_t>& sizes,
+                                        torch::headeronly::ScalarType dtype,
+                                        const std::vector<int>& memory_order = {}) {
   const int ndim = static_cast<int>(sizes.size());
   std::vector<int64_t> strides(ndim);
   int64_t numel = 1;
@@ -39,16 +38,8 @@ inline torch::stable::Tensor new_output_on(int32_t device_type, int32_t device_i
   const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(ndim, sizes.data(), strides.data(), type,
-                                                         device_type, device_index, &handle));
-  return torch::stable::Tensor(handle);
-}
-
-// The same on CPU, poisoned where that is asked for.
-inline torch::stable::Tensor new_output(const std::vector<int64_t>& sizes,
-                                        torch::headeronly::ScalarType dtype,
-                                        const std::vector<int>& memory_order = {}) {
-  torch::stable::Tensor output =
-      new_output_on(aoti_torch_device_type_cpu(), 0, sizes, dtype, memory_order);
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  torch::stable::Tensor output(handle);
   if (poison_outputs()) {
     std::memset(output.mutable_data_ptr(), 0xFF, output.numel() * output.element_size());
   }

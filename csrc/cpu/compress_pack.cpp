@@ -91,8 +91,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> compress_pack_cpu(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos, const Tensor& sin,
     int64_t batch, int64_t ratio, const OptionalTensor& positions, int64_t pos0) {
   const char* op = "compress_pack";
-  CompressPackParams p = pack_params(q, k, v, batch, ratio, cpu_device(), op);
-  set_positions(&p.order, cos, sin, positions, pos0, cpu_device(), op);
+  CompressPackParams p = pack_params(q, k, v, batch, ratio, check_cpu, op);
+  set_positions(&p.order, cos, sin, positions, pos0, check_cpu, op);
   check_positions(p.order, op);
   auto [q_rot, k_rot, v_out] = make_outputs(&p, k.scalar_type());
   const std::vector<int64_t> sizes = {batch, p.num_kv_heads, p.order.memory, p.head_dim};
@@ -110,13 +110,13 @@ std::tuple<Tensor, Tensor, Tensor> compress_pack_write_cpu(
     int64_t batch, int64_t ratio, int64_t layer, const OptionalTensor& mem_valid,
     const OptionalTensor& positions, int64_t pos0) {
   const char* op = "compress_pack_";
-  CompressPackParams p = pack_params(q, k, v, batch, ratio, cpu_device(), op);
-  set_positions(&p.order, cos, sin, positions, pos0, cpu_device(), op);
+  CompressPackParams p = pack_params(q, k, v, batch, ratio, check_cpu, op);
+  set_positions(&p.order, cos, sin, positions, pos0, check_cpu, op);
   check_positions(p.order, op);
   check_shape(kv, {-1, -1, p.num_kv_heads, 2, -1, p.head_dim}, op, "kv");
-  const SlotTable table = slot_table(p, kv, page_table, slot0, mem_valid, cpu_device(), op);
+  const SlotTable table = slot_table(p, kv, page_table, slot0, mem_valid, check_cpu, op);
   const std::vector<int64_t> slots = assign_slots(p.order, table, kv.size(4), op);
-  p.bank = make_bank(p, kv, kv_scale, layer, cpu_device(), op);
+  p.bank = make_bank(p, kv, kv_scale, layer, check_cpu, op);
   p.bank.slots = slots.data();
   auto outputs = make_outputs(&p, k.scalar_type());
   run_rows(p, k.element_size());
@@ -127,11 +127,11 @@ void write_memory_cpu(const Tensor& k, const Tensor& v, const Tensor& kv,
                       const OptionalTensor& kv_scale, const Tensor& page_table, const Tensor& slot0,
                       int64_t batch, int64_t layer, const OptionalTensor& mem_valid) {
   const char* op = "write_memory_";
-  CompressPackParams p = write_params(k, v, batch, cpu_device(), op);
+  CompressPackParams p = write_params(k, v, batch, check_cpu, op);
   check_shape(kv, {-1, -1, p.num_kv_heads, 2, -1, p.head_dim}, op, "kv");
-  const SlotTable table = slot_table(p, kv, page_table, slot0, mem_valid, cpu_device(), op);
+  const SlotTable table = slot_table(p, kv, page_table, slot0, mem_valid, check_cpu, op);
   const std::vector<int64_t> slots = assign_slots(p.order, table, kv.size(4), op);
-  p.bank = make_bank(p, kv, kv_scale, layer, cpu_device(), op);
+  p.bank = make_bank(p, kv, kv_scale, layer, check_cpu, op);
   p.bank.slots = slots.data();
   const auto kernel = LYCHEE_ISA_TABLE(WriteMemoryFn, write_memory).pick();
   const int64_t row_bytes = 2 * p.num_kv_heads * p.head_dim * k.element_size();
@@ -144,8 +144,8 @@ Tensor compress_pack_bwd_cpu(const OptionalTensor& grad, const OptionalTensor& m
                              int64_t ratio, const OptionalTensor& positions, int64_t pos0,
                              bool memory_only) {
   const char* op = "compress_pack_bwd";
-  CompressPackBwdParams p = compress_pack_bwd_params(
-      grad, mem_grad, cos, sin, batch, ratio, positions, pos0, memory_only, cpu_device(), op);
+  CompressPackBwdParams p = compress_pack_bwd_params(grad, mem_grad, cos, sin, batch, ratio,
+                                                     positions, pos0, memory_only, check_cpu, op);
   check_positions(p.order, op);
   const int64_t rows = p.order.window + p.order.memory;
   Tensor out = new_rows({batch * (memory_only ? p.order.memory : rows), p.num_heads, p.head_dim},

@@ -83,9 +83,8 @@ std::tuple<Tensor, Tensor, Tensor> gather_chunks_cpu(
     const OptionalTensor& cos, const OptionalTensor& sin, int64_t first_layer, int64_t last_layer,
     int64_t rope_mode, ScalarType out_dtype) {
   const char* op = "gather_chunks";
-  GatherChunksParams p =
-      gather_params(kv, kv_scale, page_table, page_len, page_base, num_pages, cos, sin, first_layer,
-                    last_layer, rope_mode, cpu_device(), op);
+  GatherChunksParams p = gather_params(kv, kv_scale, page_table, page_len, page_base, num_pages,
+                                       cos, sin, first_layer, last_layer, rope_mode, check_cpu, op);
   check_entries(p.table, p.page_tokens, op);
   p.dtype = io_dtype(out_dtype, op, "out_dtype");
   const std::vector<int64_t> sizes{p.layers, p.table.batch, p.num_kv_heads,
@@ -103,12 +102,11 @@ Tensor gather_chunks_write_cpu(const Tensor& k, const Tensor& v, const Tensor& k
                                const OptionalTensor& sin, int64_t first_layer, int64_t last_layer,
                                int64_t rope_mode) {
   const char* op = "gather_chunks_";
-  GatherChunksParams p =
-      gather_params(kv, kv_scale, page_table, page_len, page_base, num_pages, cos, sin, first_layer,
-                    last_layer, rope_mode, cpu_device(), op);
+  GatherChunksParams p = gather_params(kv, kv_scale, page_table, page_len, page_base, num_pages,
+                                       cos, sin, first_layer, last_layer, rope_mode, check_cpu, op);
   check_entries(p.table, p.page_tokens, op);
   p.dtype = io_dtype(k, op, "k");
-  check_room(p, k, v, cpu_device(), op);
+  check_room(p, k, v, check_cpu, op);
   return gather(&p, k, v);
 }
 
@@ -138,7 +136,7 @@ Tensor gather_chunks_bwd_cpu(const Tensor& dk, const Tensor& dv, const Tensor& p
   const char* op = "gather_chunks_bwd";
   GatherChunksBwdParams p = gather_bwd_params(dk, dv, page_table, page_len, page_base, num_pages,
                                               cos, sin, bank_pages, bank_layers, first_layer,
-                                              page_tokens, rope_mode, bank_dtype, cpu_device(), op);
+                                              page_tokens, rope_mode, bank_dtype, check_cpu, op);
   check_entries(p.table, page_tokens, op);
   std::vector<int64_t> readers;
   const std::vector<int64_t> begin = list_readers(p.table, bank_pages, &readers);

@@ -35,7 +35,7 @@ Selection select_chunks_cpu(const Tensor& scores, double threshold, int64_t max_
                             const Tensor& chunk_pages, const Tensor& chunk_tokens,
                             int64_t page_tokens) {
   SelectChunksParams p = select_params(scores, threshold, max_chunks, chunk_pages, chunk_tokens,
-                                       page_tokens, cpu_device(), kOp);
+                                       page_tokens, check_cpu, kOp);
   const int64_t batch = scores.size(0);
   const auto ints = [](const std::vector<int64_t>& sizes, int32_t** data) {
     Tensor output = new_output(sizes, ScalarType::Int);
