@@ -85,9 +85,8 @@ LYCHEE_DEVICE BankPlace find_place(const SlotTable& slots, int64_t memory, int64
 template <class T>
 struct HeadOfRow {
   const T* in = nullptr;
-  T *out, *memory;  // memory is null where the row is not copied
-  int64_t head;
-  int part;
+  T* out = nullptr;
+  int head = 0, part = -1;
 };
 
 // Stores the elements (x1, x2) of the row's head, scaled as the bank wants it; all lanes of the
@@ -144,13 +143,14 @@ LYCHEE_DEVICE void write_to_bank(const CompressPackParams& p, const BankPlace& p
 
 // Heads are counted over q, then k, then v.
 template <class T>
-LYCHEE_DEVICE HeadOfRow<T> find_head(const CompressPackParams& p, const RowPlace& place,
-                                     int64_t head, int64_t d) {
+LYCHEE_DEVICE HeadOfRow<T> find_head(const CompressPackParams& p, const RowPlace& place, int head,
+                                     int64_t d) {
   const lychee::CompressPackParams& rows = p.rows;
   const int64_t n = rows.order.window + rows.order.memory, m = rows.order.memory;
-  const int64_t dim = rows.head_dim;
+  const int num_heads = static_cast<int>(rows.num_heads);
+  const int num_kv_heads = static_cast<int>(rows.num_kv_heads);
   HeadOfRow<T> unit;
-  if (head < rows.num_heads) {
+  if (head < num_heads) {
     int64_t source = place.segment, target = place.index, queries = n;
     if (rows.memory_queries_only) {
       if (place.memory < 0) return unit;
@@ -159,28 +159,37 @@ LYCHEE_DEVICE HeadOfRow<T> find_head(const CompressPackParams& p, const RowPlace
     unit.in =
         static_cast<const T*>(rows.q) + source * rows.q_row_stride + head * rows.q_head_stride + d;
     unit.out = static_cast<T*>(rows.q_rot) +
-               ((place.batch * rows.num_heads + head) * queries + target) * dim + d;
-    unit.memory = nullptr, unit.part = -1;
+               ((place.batch * num_heads + head) * queries + target) * rows.head_dim + d;
     return unit;
   }
-  unit.head = head - rows.num_heads;
-  unit.part = unit.head >= rows.num_kv_heads;
-  if (unit.part) unit.head -= rows.num_kv_heads;
-  if (unit.head >= rows.num_kv_heads) return unit;
+  unit.head = head - num_heads;
+  unit.part = unit.head >= num_kv_heads;
+  if (unit.part) unit.head -= num_kv_heads;
+  if (unit.head >= num_kv_heads) return unit;
   const bool is_key = unit.part == 0;
   unit.in = static_cast<const T*>(is_key ? rows.k : rows.v) +
             place.segment * (is_key ? rows.k_row_stride : rows.v_row_stride) +
             unit.head * (is_key ? rows.k_head_stride : rows.v_head_stride) + d;
-  const int64_t row = place.batch * rows.num_kv_heads + unit.head;
-  unit.out = static_cast<T*>(is_key ? rows.k_rot : rows.v_out) + (row * n + place.index) * dim + d;
-  T* memory = static_cast<T*>(is_key ? rows.mem_k : rows.mem_v);
-  const bool kept = memory != nullptr && place.memory >= 0;
-  unit.memory = kept ? memory + (row * m + place.memory) * dim + d : nullptr;
+  unit.out = static_cast<T*>(is_key ? rows.k_rot : rows.v_out) +
+             ((place.batch * num_kv_heads + unit.head) * n + place.index) * rows.head_dim + d;
   return unit;
 }
 
+// Keeps a memory row's key or value as it is.
+template <bool kFast, class T, int kWidth>
+LYCHEE_DEVICE void keep_memory(const lychee::CompressPackParams& p, const RowPlace& place,
+                               const HeadOfRow<T>& unit, int64_t d, const Run<T, kWidth>& low,
+                               const Run<T, kWidth>& high) {
+  T* memory = static_cast<T*>(unit.part == 0 ? p.mem_k : p.mem_v);
+  if (memory == nullptr || unit.part < 0) return;
+  const int64_t row = (place.batch * p.num_kv_heads + unit.head) * p.order.memory + place.memory;
+  store_run<kFast>(memory + row * p.head_dim + d, low);
+  store_run<kFast>(memory + row * p.head_dim + p.head_dim / 2 + d, high);
+}
+
 template <class T, bool kFast>
-__global__ void __launch_bounds__(kPackThreads, 6) compress_pack_kernel(CompressPackParams p) {
+__global__ void __launch_bounds__(kPackThreads, 5)
+    compress_pack_kernel(const CompressPackParams p) {
   constexpr int kWidth = kRunWidth<T, kFast>;
   const int64_t half = p.rows.head_dim / 2;
   const RowOrder& order = p.rows.order;
@@ -190,7 +199,8 @@ __global__ void __launch_bounds__(kPackThreads, 6) compress_pack_kernel(Compress
   const int lane = threadIdx.x % kLanesPerWarp, group = lane / p.plan.lanes;
   const int groups = kLanesPerWarp / p.plan.lanes;
   const int64_t d = lane % p.plan.lanes * kWidth;
-  const int64_t first = blockIdx.y * p.plan.steps * groups, end = first + p.plan.steps * groups;
+  const int first = static_cast<int>(blockIdx.y) * p.plan.steps * groups;
+  const int end = first + p.plan.steps * groups;
 
   BankPlace bank{-1, 0};
   if (p.rows.bank.data != nullptr && place.memory >= 0 && end > p.rows.num_heads) {
@@ -199,7 +209,7 @@ __global__ void __launch_bounds__(kPackThreads, 6) compress_pack_kernel(Compress
   Angles<kWidth> angles{};
   if (d < half) angles = load_row_angles<kFast, kWidth>(order, place, d);
 
-  for (int64_t head = first; head < end; head += kPackUnroll * groups) {
+  for (int head = first; head < end; head += kPackUnroll * groups) {
     HeadOfRow<T> units[kPackUnroll];
     Run<T, kWidth> low[kPackUnroll], high[kPackUnroll];
 #pragma unroll
@@ -219,10 +229,7 @@ __global__ void __launch_bounds__(kPackThreads, 6) compress_pack_kernel(Compress
       // the same for all lanes: they share the row
       if (bank.page >= 0) write_to_bank<kFast>(p, bank, units[u], d, x1, x2);
       if (units[u].in == nullptr) continue;
-      if (units[u].memory != nullptr) {
-        store_run<kFast>(units[u].memory, low[u]);
-        store_run<kFast>(units[u].memory + half, high[u]);
-      }
+      if (place.memory >= 0) keep_memory<kFast>(p.rows, place, units[u], d, low[u], high[u]);
       if (units[u].part != 1) {
         rotate(angles, x1, x2);
         low[u] = from_float<T>(x1), high[u] = from_float<T>(x2);
@@ -235,7 +242,7 @@ __global__ void __launch_bounds__(kPackThreads, 6) compress_pack_kernel(Compress
 
 // k and v hold memory rows only, and nothing but the bank is written.
 template <class T, bool kFast>
-__global__ void __launch_bounds__(kPackThreads) write_memory_kernel(CompressPackParams p) {
+__global__ void __launch_bounds__(kPackThreads) write_memory_kernel(const CompressPackParams p) {
   constexpr int kWidth = kRunWidth<T, kFast>;
   const int64_t half = p.rows.head_dim / 2, memory = p.rows.order.memory;
   const int64_t row = int64_t{blockIdx.x} * kPackWarps + threadIdx.x / kLanesPerWarp;
@@ -245,8 +252,8 @@ __global__ void __launch_bounds__(kPackThreads) write_memory_kernel(CompressPack
   if (place.page < 0) return;
   const int lane = threadIdx.x % kLanesPerWarp, groups = kLanesPerWarp / p.plan.lanes;
   const int64_t d = lane % p.plan.lanes * kWidth;
-  const int64_t first = blockIdx.y * p.plan.steps * groups;
-  for (int64_t step = 0; step < p.plan.steps; ++step) {
+  const int first = static_cast<int>(blockIdx.y) * p.plan.steps * groups;
+  for (int step = 0; step < p.plan.steps; ++step) {
     HeadOfRow<T> unit;
     unit.head = first + step * groups + lane / p.plan.lanes;
     unit.part = unit.head >= p.rows.num_kv_heads;

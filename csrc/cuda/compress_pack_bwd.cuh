@@ -15,7 +15,7 @@ struct CompressPackBwdParams {
 // The gradient of one head of one row: R(-position) grad + mem_grad, rounded once.
 template <class T, bool kFast>
 LYCHEE_DEVICE void unpack_head(const lychee::CompressPackBwdParams& p, const RowPlace& place,
-                               const Angles<kRunWidth<T, kFast>>& angles, int64_t head, int64_t d) {
+                               const Angles<kRunWidth<T, kFast>>& angles, int head, int64_t d) {
   constexpr int kWidth = kRunWidth<T, kFast>;
   const int64_t half = p.head_dim / 2;
   float sum1[kWidth] = {}, sum2[kWidth] = {};
@@ -42,7 +42,8 @@ LYCHEE_DEVICE void unpack_head(const lychee::CompressPackBwdParams& p, const Row
 }
 
 template <class T, bool kFast>
-__global__ void __launch_bounds__(kPackThreads) compress_pack_bwd_kernel(CompressPackBwdParams p) {
+__global__ void __launch_bounds__(kPackThreads)
+    compress_pack_bwd_kernel(const CompressPackBwdParams p) {
   constexpr int kWidth = kRunWidth<T, kFast>;
   const RowOrder& order = p.rows.order;
   const int64_t rows = p.rows.memory_only ? order.memory : order.window + order.memory;
@@ -56,9 +57,9 @@ __global__ void __launch_bounds__(kPackThreads) compress_pack_bwd_kernel(Compres
   if (p.rows.grad != nullptr && order.cos != nullptr) {
     angles = load_row_angles<kFast, kWidth>(order, place, d);
   }
-  const int64_t first = blockIdx.y * p.plan.steps * groups + lane / p.plan.lanes;
-  for (int64_t step = 0; step < p.plan.steps; ++step) {
-    const int64_t head = first + step * groups;
+  const int first = static_cast<int>(blockIdx.y) * p.plan.steps * groups + lane / p.plan.lanes;
+  for (int step = 0; step < p.plan.steps; ++step) {
+    const int head = first + step * groups;
     if (head < p.rows.num_heads) unpack_head<T, kFast>(p.rows, place, angles, head, d);
   }
 }

@@ -9,15 +9,15 @@ namespace lychee::cuda {
 constexpr int kPackWarps = 4;  // rows of a block, one per warp
 constexpr int kPackThreads = kPackWarps * kLanesPerWarp;
 constexpr int kPackUnroll = 2;  // steps whose loads are under way at once
-// Fewer warps than this per multiprocessor do not keep enough bytes under way: 32 warps of 2 KiB
-// are 64 KiB, and an H200 needs about 26 KiB at 0.8 us latency.
-constexpr int kPackWarpsWanted = 32;
+// Warps per multiprocessor to split rows for: as many as are resident with 96 registers. Each has
+// 2 KiB under way; an H200 needs about 26 KiB per multiprocessor at 4.3 TB/s and 0.8 us.
+constexpr int kPackWarpsWanted = 20;
 
 // A warp takes one row; in each step its groups of lanes take one head each.
 struct PackPlan {
   int lanes;       // that share a head of a row
   int64_t blocks;  // of kPackWarps rows: grid.x
-  int64_t steps;   // of one warp, a multiple of kPackUnroll
+  int steps;       // of one warp, a multiple of kPackUnroll
   int64_t splits;  // shares of a row's heads: grid.y
 };
 
@@ -31,7 +31,7 @@ inline PackPlan plan_pack(int64_t rows, int64_t heads, int64_t half, int width,
   const int64_t wanted = divide_up(int64_t{multiprocessors} * kPackWarpsWanted, rows);
   const int64_t most = divide_up(all_steps, kPackUnroll);
   const int64_t splits = wanted < most ? wanted : most;
-  plan.steps = divide_up(divide_up(all_steps, splits), kPackUnroll) * kPackUnroll;
+  plan.steps = static_cast<int>(divide_up(all_steps, splits * kPackUnroll)) * kPackUnroll;
   plan.splits = divide_up(all_steps, plan.steps);
   return plan;
 }
