@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA ops in the host emulator: csrc/cuda/*.cu compiled by the C++ compiler, for CPU tensors."""
+"""The CUDA ops in the host emulator: csrc/cuda/*.cu built by the C++ compiler, for CPU tensors."""
 
 import functools
 
