@@ -3,7 +3,7 @@
 
 __version__ = "0.1.0"
 
-from ._loader import backends, cpu_isa, load_library
+from ._loader import backends, cpu_isa, load_library, register_triton
 
 load_library()
 
@@ -13,6 +13,8 @@ from .ops.gather_chunks import gather_chunks, gather_chunks_  # noqa: E402
 from .ops.memory_attention import memory_attention  # noqa: E402
 from .ops.select_chunks import ChunkSelection, select_chunks  # noqa: E402
 from .rope import rope_tables  # noqa: E402
+
+register_triton()
 
 __all__ = [
     "ChunkSelection",

@@ -5,52 +5,66 @@ The functions take the arguments of the schemas in csrc/ops.cpp. They are regist
 dispatcher, so that fake tensors, gradients and torch.compile work as for the compiled kernels.
 """
 
+import warnings
+from functools import partial
 from importlib import import_module
+from importlib.util import find_spec
 
 import torch
 
-# Schemas by the module that implements them.
-MODULES = {
-    "compress_pack": ("compress_pack", "compress_pack_bwd", "compress_pack_", "write_memory_"),
-    "memory_attention": ("memory_attention", "memory_attention_bwd"),
-    "select_chunks": ("select_chunks",),
-    "gather_chunks": ("gather_chunks", "gather_chunks_", "gather_chunks_bwd"),
+# Schemas, and the modules that implement them.
+SCHEMAS = {
+    "compress_pack": "compress_pack",
+    "compress_pack_bwd": "compress_pack",
+    "compress_pack_": "compress_pack",
+    "write_memory_": "compress_pack",
+    "memory_attention": "memory_attention",
+    "memory_attention_bwd": "memory_attention",
+    "select_chunks": "select_chunks",
+    "gather_chunks": "gather_chunks",
+    "gather_chunks_": "gather_chunks",
+    "gather_chunks_bwd": "gather_chunks",
 }
 
 
+def is_installed():
+    return find_spec("triton") is not None
+
+
+def call(schema, *args):
+    """Runs one op in Triton, which the first call imports."""
+    if not is_installed():
+        raise RuntimeError(
+            f"{schema}: triton: expected the package, for a graphics processor without compiled "
+            "kernels, got none; install it with: pip install triton"
+        )
+    module = import_module(f".{SCHEMAS[schema]}", __name__)
+    return getattr(module, schema)(*args)
+
+
 def register(key, *, replace):
-    """Makes Triton the implementation of the ops on a device.
+    """Makes Triton the implementation of the ops on a device, for the rest of the process.
 
     Args:
         key: "CUDA" or "CPU", a dispatch key.
         replace: bool, also of ops that have compiled kernels for it.
 
     Returns:
-        torch.library.Library; the registration ends with it.
+        set of str, the schemas registered.
     """
     library = torch.library.Library("lychee", "IMPL")
-    for module, schemas in MODULES.items():
-        for schema in schemas:
+    registered = set()
+    with warnings.catch_warnings():
+        # PyTorch warns of kernels that are replaced
+        warnings.simplefilter("ignore", UserWarning)
+        for schema in SCHEMAS:
             compiled = torch._C._dispatch_has_kernel_for_dispatch_key(f"lychee::{schema}", key)
             if replace or not compiled:
-                library.impl(schema, _Lazy(module, schema), key, allow_override=True)
-    return library
+                library.impl(schema, partial(call, schema), key, allow_override=True)
+                registered.add(schema)
+    _LIBRARIES.append(library)
+    return registered
 
 
-class _Lazy:
-    """A kernel whose module, and triton with it, is imported by the first call."""
-
-    def __init__(self, module, schema):
-        self.module, self.schema = module, schema
-
-    def __call__(self, *args):
-        try:
-            module = import_module(f".{self.module}", __name__)
-        except ModuleNotFoundError as error:
-            if error.name != "triton":
-                raise
-            raise RuntimeError(
-                f"{self.schema}: triton: expected the package for tensors on a graphics processor "
-                "without the compiled library, got none; install it with: pip install triton"
-            ) from error
-        return getattr(module, self.schema)(*args)
+# A registration ends with its library.
+_LIBRARIES = []

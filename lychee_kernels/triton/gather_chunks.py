@@ -12,7 +12,7 @@ from ._arguments import check_bank_layout, check_rows, check_tables, half_block,
 from ._elements import elements, fresh, load_floats, store_floats
 
 # Tokens of one program, at most.
-TOKENS = 64
+TOKENS = 32
 
 
 @triton.jit

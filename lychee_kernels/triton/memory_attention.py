@@ -243,14 +243,17 @@ def _check_arguments(q, k, v, kv, kv_scale, pages, valid, tables, rope_mode):
 def _block(rows, page_tokens, head_dim, dtype):
     """Sizes of a program's tiles; they depend on no batch and no length."""
     dot = tl.float32 if INTERPRETED else DOT_TYPES[dtype]
-    most = 32 if dot == tl.float32 or head_dim > 128 else 64
+    # wide heads and float32 each take twice the shared memory
+    most = 64 >> ((dot == tl.float32) + (head_dim > 128))
     fewest = triton.next_power_of_2(page_tokens) if page_tokens else most
     return {
-        "ROWS": min(64, max(16, triton.next_power_of_2(rows))),
+        "ROWS": min(most, max(16, triton.next_power_of_2(rows))),
         "KEYS": max(16, min(most, fewest)),
         "HALF": half_block(head_dim),
         "DIM": max(16, triton.next_power_of_2(head_dim)),
         "DOT": dot,
+        # four would spill registers
+        "num_warps": 8,
     }
 
 

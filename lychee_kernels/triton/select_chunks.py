@@ -118,6 +118,7 @@ def select_chunks(scores, threshold, max_chunks, chunk_pages, chunk_tokens, page
         elements(scores), pages, tokens, page_table, page_len, page_base, num_pages, num_tokens,
         chunks, num_selected, rounded, num_chunks, chunks.shape[1], pages_per_chunk, page_tokens,
         *scores.stride(), *pages.stride(), *tokens.stride(), BLOCK=BLOCK,
+        num_warps=8,
     )  # fmt: skip
     if readable(scores):
         row, slot = (chunks >= 0).nonzero(as_tuple=True)
