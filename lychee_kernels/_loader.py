@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loads the compiled library and decides, once per process, which backend each op uses."""
+"""Loads the compiled libraries and decides, once per process, which backend each op uses."""
 
+import functools
 import os
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from . import triton
 
 BUILD_COMMAND = "pip install --no-build-isolation -e ."
 LIBRARY = Path(__file__).with_name("_C_cpu.so")
+CUDA_LIBRARY = Path(__file__).with_name("_C_cuda.so")
 
 # What each op has beside its reference; an op without C++ runs its reference in mode auto.
 IMPLEMENTATIONS = {
@@ -31,13 +33,48 @@ def load_library() -> None:
             f"lychee_kernels: compiled library: expected {LIBRARY}, got no such file; "
             f"build it with: {BUILD_COMMAND}"
         )
-    try:
-        torch.ops.load_library(str(LIBRARY))
-    except OSError as error:
-        raise ImportError(
-            f"lychee_kernels: compiled library: expected one that loads into torch "
-            f"{torch.__version__}, got: {error}; rebuild it with: {BUILD_COMMAND}"
-        ) from error
+    for library in (LIBRARY, CUDA_LIBRARY):
+        try:
+            # the CUDA library is built where nvcc is found, and loads into any torch
+            if library.exists():
+                torch.ops.load_library(str(library))
+        except OSError as error:
+            raise ImportError(
+                f"lychee_kernels: compiled library: expected one that loads into torch "
+                f"{torch.__version__}, got: {error}; rebuild it with: {BUILD_COMMAND}"
+            ) from error
+    _refuse_cuda_tensors()
+
+
+# Kernels that only say what is missing; their ops are in _WITHOUT_CUDA.
+_REFUSALS = torch.library.Library("lychee", "IMPL", "CUDA")
+_WITHOUT_CUDA: set[str] = set()
+
+
+def _refuse_cuda_tensors() -> None:
+    """Gives every op that has no CUDA kernel one that raises."""
+    for name in torch._C._dispatch_get_all_op_names():
+        namespace, _, op = name.partition("::")
+        if namespace != "lychee" or torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"):
+            continue
+        _WITHOUT_CUDA.add(op)
+        _REFUSALS.impl(op, functools.partial(_refuse, op))
+
+
+def _refuse(op, *args, **kwargs):
+    if not CUDA_LIBRARY.exists():
+        raise RuntimeError(
+            f"{op}: device: expected CPU tensors in a build without CUDA kernels, got CUDA tensors; "
+            f"build them with: LYCHEE_CUDA=1 {BUILD_COMMAND}"
+        )
+    raise RuntimeError(
+        f"{op}: device: expected CPU tensors as there is no CUDA kernel, got CUDA tensors"
+    )
+
+
+def has_cuda_kernel(op: str) -> bool:
+    """Whether this build has a CUDA kernel for an op of torch.ops.lychee."""
+    return op not in _WITHOUT_CUDA
 
 
 def _requested_backend() -> str:
