@@ -64,8 +64,8 @@ def _refuse_cuda_tensors() -> None:
 def _refuse(op, *args, **kwargs):
     if not CUDA_LIBRARY.exists():
         raise RuntimeError(
-            f"{op}: device: expected CPU tensors in a build without CUDA kernels, got CUDA tensors; "
-            f"build them with: LYCHEE_CUDA=1 {BUILD_COMMAND}"
+            f"{op}: device: expected CPU tensors in a build without CUDA kernels, got CUDA "
+            f"tensors; build them with: LYCHEE_CUDA=1 {BUILD_COMMAND}"
         )
     raise RuntimeError(
         f"{op}: device: expected CPU tensors as there is no CUDA kernel, got CUDA tensors"
@@ -94,18 +94,14 @@ def _requested_backend() -> str:
 _REQUESTED = _requested_backend()
 
 
-# Ops on a GPU that Triton runs; see register_triton.
-_TRITON_ON_GPU = set()
-
-
 def register_triton() -> None:
-    """Registers the Triton kernels where LYCHEE_BACKEND asks for them, and in mode auto for GPU
+    """Registers the Triton kernels where LYCHEE_BACKEND asks for them, and in mode auto for CUDA
     tensors where there are no compiled kernels."""
-    if _REQUESTED in ("auto", "triton"):
-        _TRITON_ON_GPU.update(triton.register("CUDA", replace=_REQUESTED == "triton"))
     if _REQUESTED == "triton":
-        # on the CPU Triton has only its interpreter; the ops say so
-        triton.register("CPU", replace=True)
+        triton.register("CUDA")
+        triton.register("CPU")
+    elif _REQUESTED == "auto" and triton.is_installed():
+        triton.register("CUDA", _WITHOUT_CUDA)
 
 
 def backend(op: str) -> str:
@@ -137,12 +133,9 @@ def _backend_on(device, op):
     available = IMPLEMENTATIONS[op]
     if _REQUESTED != "auto":
         return _REQUESTED if _REQUESTED in available else "none"
-    if device == "cpu":
+    if device == "cpu" or has_cuda_kernel(op):
         return available[0]
-    if op in _TRITON_ON_GPU:
-        return "triton" if triton.is_installed() else "none"
-    compiled = torch._C._dispatch_has_kernel_for_dispatch_key(f"lychee::{op}", "CUDA")
-    return "cpp" if compiled else "none"
+    return "triton" if "triton" in available and triton.is_installed() else "none"
 
 
 def cpu_isa() -> str:

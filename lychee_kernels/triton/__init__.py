@@ -42,28 +42,21 @@ def call(schema, *args):
     return getattr(module, schema)(*args)
 
 
-def register(key, *, replace):
-    """Makes Triton the implementation of the ops on a device, for the rest of the process.
+def register(key, schemas=tuple(SCHEMAS)):
+    """Makes Triton the implementation of ops on a device, for the rest of the process.
 
     Args:
-        key: "CUDA" or "CPU", a dispatch key.
-        replace: bool, also of ops that have compiled kernels for it.
-
-    Returns:
-        set of str, the schemas registered.
+        key: "CUDA" or "CPU", a dispatch key; on the CPU there is only Triton's interpreter.
+        schemas: of which ops; those without a Triton kernel are left as they are.
     """
     library = torch.library.Library("lychee", "IMPL")
-    registered = set()
+    _LIBRARIES.append(library)
     with warnings.catch_warnings():
         # PyTorch warns of kernels that are replaced
         warnings.simplefilter("ignore", UserWarning)
         for schema in SCHEMAS:
-            compiled = torch._C._dispatch_has_kernel_for_dispatch_key(f"lychee::{schema}", key)
-            if replace or not compiled:
+            if schema in schemas:
                 library.impl(schema, partial(call, schema), key, allow_override=True)
-                registered.add(schema)
-    _LIBRARIES.append(library)
-    return registered
 
 
 # A registration ends with its library.

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .._check import check_page_values, check_range
-from ..ops.gather_chunks import _backward_fake, _fake, _write_fake
+from ..ops.gather_chunks import _fake, _write_fake
 from ..rope import rotate
 from ._arguments import check_bank_layout, check_rows, check_tables, half_block, readable
 from ._elements import elements, fresh, load_floats, store_floats
@@ -135,12 +135,10 @@ def gather_chunks_bwd(
     layers, batch, num_kv_heads, _, head_dim = dk.shape
     offset = torch.arange(page_tokens, device=dk.device)
     used = torch.arange(page_table.shape[1], device=dk.device) < num_pages[:, None]
-    # [B, max_pages, P]
+    # valid has a flag of every slot: [B, max_pages, P]
     valid = used[..., None] & (offset < page_len[..., None])
-    # [B, max_pages, layers, Hkv, P, D]
-    dk, dv = (
-        x.float().unflatten(3, (-1, page_tokens)).permute(1, 3, 0, 2, 4, 5) for x in (dk, dv)
-    )
+    # both become [B, max_pages, layers, Hkv, P, D]
+    dk, dv = (x.float().unflatten(3, (-1, page_tokens)).permute(1, 3, 0, 2, 4, 5) for x in (dk, dv))
     if rope_mode == 1:
         position = torch.where(valid, page_base[..., None] + offset, 0).long()
         dk = rotate(dk, *(x[position][:, :, None, None] for x in (cos, -sin)))

@@ -45,9 +45,7 @@ def _attend(
     total = total * correction + tl.sum(weights, 1)
     if v_scale is not None:
         weights *= v_scale[None, :]
-    acc = tl.dot(
-        weights.to(DOT), values.to(DOT), acc * correction[:, None], input_precision="ieee"
-    )
+    acc = tl.dot(weights.to(DOT), values.to(DOT), acc * correction[:, None], input_precision="ieee")
     return new_largest, total, acc
 
 
@@ -276,7 +274,7 @@ def memory_attention_bwd(
         q, k, v, pages, valid, cos, sin, ROPE_MODES[rope_mode], query_stride
     )
     num_kv_heads, num_queries = k.shape[1], q.shape[2]
-    # [B, Hkv, G * T, D]
+    # each becomes [B, Hkv, G * T, D]
     q_rows, dout, out = (by_kv_head(x, num_kv_heads).float() for x in (q, dout, out))
     lse = by_kv_head(lse[..., None], num_kv_heads)
     scores = (q_rows @ keys.mT * softmax_scale).unflatten(2, (-1, num_queries))

@@ -6,7 +6,11 @@ Run as a program, without TRITON_INTERPRET: calls of the ops are recorded instea
 
 import importlib
 import json
+import re
+import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import torch
 import triton
@@ -63,8 +67,21 @@ def build(kernel, args, kwargs, capability):
     named = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
     constants = {name: named[name] for name in named if name in kwargs or named[name] is None}
     types = {n: "constexpr" if n in constants else type_of(named[n]) for n in kernel.arg_names}
-    source = ASTSource(kernel, types, {(kernel.arg_names.index(n),): v for n, v in constants.items()})
+    source = ASTSource(
+        kernel, types, {(kernel.arg_names.index(n),): v for n, v in constants.items()}
+    )
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def spilled(built):
+    """Bytes of a thread's registers that ptxas keeps in memory."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        command = [tool, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"STACK:(\d+)", usage).group(1))
 
 
 def bank(dtype, pages=3, heads=4, dim=128):
