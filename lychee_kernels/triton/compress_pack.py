@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from .._check import check, check_all, check_range, check_slots
+from .._check import check, check_all, check_dtype, check_range, check_shape, check_slots
 from ..ops.compress_pack import (
     _compress_pack_bwd_fake,
     _compress_pack_fake,
@@ -12,7 +12,7 @@ from ..ops.compress_pack import (
     _write_memory_fake,
 )
 from ..ref.compress_pack import QUANT_LEVEL, SMALLEST_AMAX
-from ._arguments import check_bank_layout, check_rows, check_tables, half_block, readable
+from ._arguments import FLOATS, check_bank_layout, check_rows, check_tables, half_block, readable
 from ._elements import elements, fresh, load_floats, store_floats
 
 # Rows of one head that one program moves.
@@ -121,6 +121,7 @@ def _write_kernel(
 
 
 def compress_pack(q, k, v, cos, sin, batch, ratio, positions, pos0):
+    check_dtype("compress_pack", "k", k, *FLOATS)
     outputs = _compress_pack_fake(q, k, v, cos, sin, batch, ratio, positions, pos0)
     q_rot, k_rot, v_out, mem_k, mem_v = fresh(*outputs)
     _check_inputs("compress_pack", q, k, v, cos, sin, batch, positions, pos0)
@@ -136,6 +137,7 @@ def compress_pack_(
     pos0,
 ):  # fmt: skip
     op = "compress_pack_"
+    check_dtype(op, "k", k, *FLOATS)
     outputs = fresh(
         *_compress_pack_write_fake(
             q, k, v, cos, sin, kv, kv_scale, page_table, slot0, batch, ratio, layer, mem_valid,
@@ -160,25 +162,44 @@ def write_memory_(k, v, kv, kv_scale, page_table, slot0, batch, layer, mem_valid
 
 
 def compress_pack_bwd(grad, mem_grad, cos, sin, batch, ratio, positions, pos0, memory_only):
-    op = "compress_pack_bwd"
-    check_rows(op, grad=grad, mem_grad=mem_grad)
-    check(grad is not None or mem_grad is not None, op, "grad", "a tensor, or one as mem_grad",
-          "None")  # fmt: skip
-    (out,) = fresh(
-        _compress_pack_bwd_fake(
-            grad, mem_grad, cos, sin, batch, ratio, positions, pos0, memory_only
-        )
-    )
-    order = (cos, sin, batch, ratio, positions, pos0)
-    _pack(out, grad, mem_grad, *order, memory_only=memory_only, backward=True)
+    order = batch, ratio, positions, pos0
+    _check_gradients(grad, mem_grad, cos, sin, *order, memory_only)
+    outputs = _compress_pack_bwd_fake(grad, mem_grad, cos, sin, *order, memory_only)
+    (out,) = fresh(outputs)
+    _pack(out, grad, mem_grad, cos, sin, *order, memory_only=memory_only, backward=True)
     return out
 
 
+def _check_gradients(grad, mem_grad, cos, sin, batch, ratio, positions, pos0, memory_only):
+    op = "compress_pack_bwd"
+    check_range(op, "batch", batch, 1, 2**31 - 1)
+    check_range(op, "ratio", ratio, 1, 2**31 - 1)
+    name, like = ("mem_grad", mem_grad) if grad is None else ("grad", grad)
+    check(like is not None, op, "grad", "a tensor, or one as mem_grad", "None")
+    check((cos is None) == (sin is None), op, "sin", "a tensor where cos is one", "None")
+    check_shape(op, name, like, (batch, None, None, None))
+    check_rows(op, grad=grad, mem_grad=mem_grad)
+    _, heads, memory, head_dim = like.shape
+    if grad is not None and not memory_only:
+        memory //= ratio + 1
+        check_shape(op, "grad", grad, (batch, heads, memory * (ratio + 1), head_dim))
+    if cos is not None:
+        check_tables(op, cos=cos, sin=sin, positions=positions)
+        _check_positions(op, memory * (ratio + 1), cos, positions, pos0)
+    if mem_grad is not None:
+        check_shape(op, "mem_grad", mem_grad, (batch, heads, memory, head_dim))
+        check_dtype(op, "mem_grad", mem_grad, like.dtype)
+
+
 def _check_inputs(op, q, k, v, cos, sin, batch, positions, pos0):
-    check_rows(op, q=q, k=k, v=v)
+    check_rows(op, k=k, q=q, v=v)
     check_tables(op, cos=cos, sin=sin, positions=positions)
+    _check_positions(op, k.shape[0] // batch, cos, positions, pos0)
+
+
+def _check_positions(op, rows, cos, positions, pos0):
     if positions is None:
-        check_range(op, "pos0", pos0, 0, cos.shape[0] - k.shape[0] // batch)
+        check_range(op, "pos0", pos0, 0, cos.shape[0] - rows)
     elif readable(positions):
         check_all(op, "positions", positions, 0, cos.shape[0] - 1)
 

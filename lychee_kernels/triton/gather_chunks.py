@@ -79,6 +79,7 @@ def gather_chunks(
 ):  # fmt: skip
     bank = kv, kv_scale, page_table, page_len, page_base, num_pages, cos, sin
     k, v, valid = _fake(*bank, first_layer, last_layer, rope_mode, out_dtype)
+    check_bank_layout("gather_chunks", kv, kv_scale)
     check_rows("gather_chunks", out_dtype=k)
     _gather("gather_chunks", *fresh(k, v), valid, *bank, first_layer, last_layer, rope_mode)
     return k, v, valid
@@ -90,6 +91,7 @@ def gather_chunks_(
 ):  # fmt: skip
     bank = kv, kv_scale, page_table, page_len, page_base, num_pages, cos, sin
     valid = _write_fake(k, v, *bank, first_layer, last_layer, rope_mode)
+    check_bank_layout("gather_chunks_", kv, kv_scale)
     check_rows("gather_chunks_", k=k, v=v)
     _gather("gather_chunks_", k, v, valid, *bank, first_layer, last_layer, rope_mode)
     return valid
@@ -101,7 +103,6 @@ def _gather(
 ):  # fmt: skip
     rotated = rope_mode == 1
     check_range(op, "rope_mode", rope_mode, 0, 1)
-    check_bank_layout(op, kv, kv_scale)
     check_tables(op, page_table=page_table, page_len=page_len, num_pages=num_pages)
     if rotated:
         check_tables(op, page_base=page_base, cos=cos, sin=sin)
