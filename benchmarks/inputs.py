@@ -42,9 +42,13 @@ def random_bank(case: Case, pages: int, layers: int, page_tokens: int = PAGE):
     """kv and kv_scale of one random layer, copied to all layers; values have deviation 1."""
     shape = (pages, 1, case.shape.kv_heads, 2, page_tokens, case.shape.head_dim)
     scale = None
-    if case.bank_dtype == torch.int8:
-        kv = torch.randint(-127, 128, shape, dtype=torch.int8)
-        scale = (0.5 + torch.rand(shape[:-1])) / 73
+    if case.bank_dtype.itemsize == 1:
+        scale = 0.5 + torch.rand(shape[:-1])
+        if case.bank_dtype == torch.int8:
+            kv = torch.randint(-127, 128, shape, dtype=torch.int8)
+            scale /= 73
+        else:
+            kv = torch.randn(shape).to(case.bank_dtype)
         scale = scale.expand(-1, layers, -1, -1, -1).contiguous()
     else:
         kv = torch.randn(shape).to(case.bank_dtype)

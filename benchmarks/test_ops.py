@@ -6,14 +6,12 @@ import functools
 import machine
 import pytest
 import torch
+from agreement import check
 from registry import REGISTRY
 from timing import Method, interleave
 
 # Seconds per case after the first calls; slow peers need more and get it.
 SECONDS = 1.0
-# Largest difference to a peer, as a share of the largest value: what rounding at every step costs
-# a composition in this dtype, and one level of a quantised row. Other integers are equal.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.int8: 1.001 / 127}
 CASES = [(entry, case) for entry in REGISTRY for case in entry.cases]
 
 
@@ -28,15 +26,6 @@ def prepare(entry, case):
         function, role = functions["eager"]
         functions["compile"] = (torch.compile(function, dynamic=False), role)
     return roles, functions
-
-
-def check(entry, ours, theirs, name):
-    """Compares the tensors that both return, in order."""
-    for mine, other in zip(entry.comparable(ours), theirs, strict=False):
-        dtype, mine, other = mine.dtype, mine.double(), other.double().reshape(mine.shape)
-        allowed = TOLERANCE.get(dtype, 0) * other.abs().max().item()
-        error = (mine - other).abs().max().item()
-        assert error <= allowed, f"{entry.op} against {name}: differs by {error}, not {allowed}"
 
 
 @pytest.fixture(autouse=True)

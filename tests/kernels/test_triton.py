@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Triton kernels: what the suites over all backends leave out, in shapes that an interpreter can
-run; and that they compile for GPUs that are not there."""
+"""The Triton kernels: what the suites over all backends leave out, in shapes that an interpreter
+can run; and that they compile for GPUs that are not there."""
 
 import dataclasses
 import json
