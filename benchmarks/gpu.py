@@ -20,7 +20,7 @@ import gpu_table
 import inputs
 import machine
 import torch
-from agreement import check
+from exact import check
 from gpu_timing import measure, measure_peaks, synchronize
 from registry import REGISTRY
 from shapes import BYTE, HALF, Attention, Gather, Selection, Window, cases
@@ -102,7 +102,8 @@ def measure_case(entry, case, compiled, device, peaks, expired) -> dict:
     with torch.device(device):
         roles = entry.inputs(case)
     methods, notes = {}, []
-    result = entry.ours(**roles["ours"][0])
+    exact = entry.exact(case, **roles["ours"][0])
+    result = entry.comparable(entry.ours(**roles["ours"][0]))
     methods["ours"] = measure(entry.ours, roles["ours"], device)
     if methods["ours"].reason and device.type == "cuda":
         notes.append(f"ours without graph: {methods['ours'].reason}")
@@ -116,7 +117,8 @@ def measure_case(entry, case, compiled, device, peaks, expired) -> dict:
             theirs = function(**arguments[0])
             if same_form is not None:
                 theirs = entry.comparable(theirs) if same_form else theirs
-                check(entry, result, theirs if isinstance(theirs, tuple) else (theirs,), name)
+                theirs = theirs if isinstance(theirs, tuple) else (theirs,)
+                check(exact, result, theirs, name)
             del theirs
             # the eager selection copies sizes to the host
             captures = not (entry.op == "select_chunks" and name in ("eager", "compile"))

@@ -55,6 +55,11 @@ def gated_mlp(x, norm_weight, gate, up, down, eps):
     return x + F.linear(F.silu(F.linear(normed, gate)) * F.linear(normed, up), down)
 
 
+def linear(x, norm_weight, weight, eps):
+    """Projection of x [rows, hidden] behind its norm."""
+    return F.linear(F.rms_norm(x, norm_weight.shape, norm_weight, eps), weight)
+
+
 def select_chunks(scores, threshold, max_chunks, chunk_pages, chunk_tokens, page_tokens):
     """The pages of one row's best chunks, by nonzero and indexing: sizes depend on the data."""
     chunks = (scores[0] >= threshold).nonzero()[:, 0]

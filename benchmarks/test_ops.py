@@ -6,7 +6,7 @@ import functools
 import machine
 import pytest
 import torch
-from agreement import check
+from exact import check
 from registry import REGISTRY
 from timing import Method, interleave
 
@@ -17,15 +17,16 @@ CASES = [(entry, case) for entry in REGISTRY for case in entry.cases]
 
 @functools.lru_cache(maxsize=1)
 def prepare(entry, case):
-    """Inputs and compiled peers of one case, kept for the next number of threads."""
+    """Inputs, peers and float64 result of one case, kept for the next number of threads."""
     torch.manual_seed(0)
     torch.compiler.reset()
     roles = entry.inputs(case)
+    exact = entry.exact(case, **roles["ours"][0])
     functions = dict(entry.peers)
     if "compile" not in functions:
         function, role = functions["eager"]
         functions["compile"] = (torch.compile(function, dynamic=False), role)
-    return roles, functions
+    return roles, functions, exact
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +45,7 @@ def compiler(entry, case):
 @pytest.mark.parametrize("threads", machine.THREADS, indirect=True)
 @pytest.mark.parametrize(("entry", "case"), CASES, ids=[f"{e.op}-{c}" for e, c in CASES])
 def test_op(benchmark, entry, case, threads):
-    roles, functions = prepare(entry, case)
+    roles, functions, exact = prepare(entry, case)
     with torch.set_grad_enabled(entry.op.endswith("_bwd")):
         ours = Method(entry.ours, roles["ours"])
         peers, skipped, result = {}, {}, ours.calibrate()
@@ -55,7 +56,8 @@ def test_op(benchmark, entry, case, threads):
             except torch._dynamo.exc.TorchDynamoException as error:
                 skipped[name] = str(error).strip().partition("\n")[0]
                 continue
-            check(entry, result, theirs if isinstance(theirs, tuple) else (theirs,), name)
+            theirs = theirs if isinstance(theirs, tuple) else (theirs,)
+            check(exact, entry.comparable(result), theirs, name)
             peers[name] = method
         del result, theirs
         timings = interleave(benchmark, ours, list(peers.values()), SECONDS)

@@ -20,6 +20,7 @@ IMPLEMENTATIONS = {
     "write_memory_": ("cpp", "triton", "ref"),
     "memory_attention": ("cpp", "triton", "ref"),
     "gated_mlp_": ("cpp", "ref"),
+    "linear_": ("cpp", "ref"),
     "select_chunks": ("cpp", "triton", "ref"),
     "gather_chunks": ("cpp", "triton", "ref"),
     "gather_chunks_": ("cpp", "triton", "ref"),

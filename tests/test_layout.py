@@ -25,7 +25,7 @@ CPP = sorted(
 QUERIES = {"cpu_isa"}
 VARIANTS = {"write_memory": "compress_pack"}
 # On a GPU the libraries that torch calls do as well.
-CPU_ONLY = {"gated_mlp"}
+CPU_ONLY = {"gated_mlp", "linear"}
 
 # At most three entries, each with its reason: {"path": "why this file or function is longer"}.
 LONGER_THAN_ALLOWED = {}

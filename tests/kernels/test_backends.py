@@ -16,9 +16,11 @@ ROOT = Path(lychee_kernels.__file__).resolve().parent.parent
 TESTS = Path(__file__).resolve().parent
 OPS = {
     "compress_pack", "compress_pack_", "write_memory_", "select_chunks", "gather_chunks",
-    "gather_chunks_", "memory_attention", "gated_mlp_",
+    "gather_chunks_", "memory_attention", "gated_mlp_", "linear_",
 }  # fmt: skip
-TESTED = ("memory_attention", "compress_pack", "gated_mlp", "gather_chunks", "select_chunks")
+TESTED = (
+    "memory_attention", "compress_pack", "gated_mlp", "gather_chunks", "linear", "select_chunks",
+)  # fmt: skip
 CALL = (
     "import torch, lychee_kernels as lk; x = torch.ones(1, 1, 1, 8, dtype={dtype}); "
     "print(lk.memory_attention(x, x, x)[0].sum().item(), lk.backends(), lk.cpu_isa())"
