@@ -75,6 +75,12 @@ def gated_mlp(case: Case, x, scratch, eps, **weights) -> Exact:
     return Exact((x,))
 
 
+def linear(case: Case, x, out, eps, **weights) -> Exact:
+    out = out.double()
+    ref.linear_(out, x.double(), **{n: weight.double() for n, weight in weights.items()}, eps=eps)
+    return Exact((out,))
+
+
 def select_chunks(case: Case, **arguments) -> Exact:
     return Exact(selected_pages(ref.select_chunks(**arguments)))
 

@@ -154,6 +154,7 @@ def parse(arguments) -> argparse.Namespace:
     parser.add_argument("--only", help="one op")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="small shapes, to test the program")
+    parser.add_argument("--no-compile", action="store_true", help="no peers that are compiled")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device: expected a CUDA device for torch to use, got none")
@@ -180,6 +181,7 @@ def main(arguments=None) -> int:
                 about.append(f"Time was up: {len(plan) - done} of {len(plan)} cases are missing.")
                 break
             try:
+                compiled = compiled and not options.no_compile
                 record = measure_case(entry, case, compiled, device, peaks, expired)
             except FAILURES as error:
                 failed += not isinstance(error, torch.OutOfMemoryError)
