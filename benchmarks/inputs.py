@@ -47,9 +47,13 @@ def random_bank(case: Case, pages: int, layers: int, page_tokens: int = PAGE):
     distinct = min(pages, DISTINCT_PAGES)
     shape = (distinct, 1, case.shape.kv_heads, 2, page_tokens, case.shape.head_dim)
     scale = None
-    if case.bank_dtype == torch.int8:
-        kv = torch.randint(-127, 128, shape, dtype=torch.int8)
-        scale = (0.5 + torch.rand(shape[:-1])) / 73
+    if case.bank_dtype.itemsize == 1:
+        scale = 0.5 + torch.rand(shape[:-1])
+        if case.bank_dtype == torch.int8:
+            kv = torch.randint(-127, 128, shape, dtype=torch.int8)
+            scale /= 73
+        else:
+            kv = torch.randn(shape).to(case.bank_dtype)
     else:
         kv = torch.randn(shape).to(case.bank_dtype)
     page = torch.arange(pages) % distinct

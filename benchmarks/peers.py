@@ -68,7 +68,7 @@ def select_chunks(scores, threshold, max_chunks, chunk_pages, chunk_tokens, page
         chunks = chunks[best].sort().values
     tokens = chunk_tokens[chunks]
     base = tokens.cumsum(0) - tokens
-    offset = torch.arange(chunk_pages.shape[1]) * page_tokens
+    offset = torch.arange(chunk_pages.shape[1], device=scores.device) * page_tokens
     length = (tokens[:, None] - offset).clamp(0, page_tokens)
     used = length > 0
     position = base[:, None] + offset
