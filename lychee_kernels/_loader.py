@@ -62,8 +62,8 @@ def _refuse_cuda_tensors() -> None:
 def _refuse(op, *args, **kwargs):
     if not CUDA_LIBRARY.exists():
         raise RuntimeError(
-            f"{op}: device: expected CPU tensors in a build without CUDA kernels, got CUDA tensors; "
-            f"build them with: LYCHEE_CUDA=1 {BUILD_COMMAND}"
+            f"{op}: device: expected CPU tensors in a build without CUDA kernels, got CUDA "
+            f"tensors; build them with: LYCHEE_CUDA=1 {BUILD_COMMAND}"
         )
     raise RuntimeError(
         f"{op}: device: expected CPU tensors as there is no CUDA kernel, got CUDA tensors"
