@@ -13,6 +13,7 @@ import lychee_kernels as lk
 
 THETA = 1e6
 CHUNK_TOKENS = 1024
+DISTINCT_PAGES = 512
 
 Arguments = dict[str, list[dict]]
 
@@ -39,16 +40,27 @@ def tables(case: Case, positions: int):
 
 
 def random_bank(case: Case, pages: int, layers: int, page_tokens: int = PAGE):
-    """kv and kv_scale of one random layer, copied to all layers; values have deviation 1."""
-    shape = (pages, 1, case.shape.kv_heads, 2, page_tokens, case.shape.head_dim)
+    """kv and kv_scale of one random layer, copied to all layers; values have deviation 1.
+
+    Beyond DISTINCT_PAGES pages repeat: drawing a GiB of random numbers takes ten seconds.
+    """
+    distinct = min(pages, DISTINCT_PAGES)
+    shape = (distinct, 1, case.shape.kv_heads, 2, page_tokens, case.shape.head_dim)
     scale = None
-    if case.bank_dtype == torch.int8:
-        kv = torch.randint(-127, 128, shape, dtype=torch.int8)
-        scale = (0.5 + torch.rand(shape[:-1])) / 73
-        scale = scale.expand(-1, layers, -1, -1, -1).contiguous()
+    if case.bank_dtype.itemsize == 1:
+        scale = 0.5 + torch.rand(shape[:-1])
+        if case.bank_dtype == torch.int8:
+            kv = torch.randint(-127, 128, shape, dtype=torch.int8)
+            scale /= 73
+        else:
+            kv = torch.randn(shape).to(case.bank_dtype)
     else:
         kv = torch.randn(shape).to(case.bank_dtype)
-    return kv.expand(-1, layers, -1, -1, -1, -1).contiguous(), scale
+    page = torch.arange(pages) % distinct
+    return (
+        None if x is None else x.expand(-1, layers, *x.shape[2:])[page].contiguous()
+        for x in (kv, scale)
+    )
 
 
 def shuffled_pages(count: int, batch: int = 1) -> dict:
@@ -112,6 +124,17 @@ def gated_mlp(case: Case) -> Arguments:
     }
     ours = arguments | {"scratch": torch.empty(rows, hidden)}
     return {"ours": [ours], "eager": [arguments]}
+
+
+def linear(case: Case) -> Arguments:
+    rows, hidden, outputs = case.shape.rows, case.shape.hidden, case.shape.outputs
+    arguments = {
+        "x": torch.randn(rows, hidden),
+        "norm_weight": 1 + 0.1 * torch.randn(hidden),
+        "weight": torch.randn(outputs, hidden) * hidden**-0.5,
+        "eps": 1e-6,
+    }
+    return {"ours": [arguments | {"out": torch.empty(rows, outputs)}], "eager": [arguments]}
 
 
 def select_chunks(case: Case) -> Arguments:
@@ -221,8 +244,8 @@ def attention_backward(case: Case) -> Arguments:
     def eager(q, k, v, kv, forward=attention):
         return forward(q, k, v, kv, None, table.long(), full_cos, full_sin, mask)
 
-    def ours(q, k, v, kv):
-        out, _ = lk.memory_attention(q, k, v, kv=kv, **pages, cos=cos, sin=sin, rope_mode="affine")
+    def ours(q, k, v, kv, attention=lk.memory_attention):
+        out, _ = attention(q, k, v, kv=kv, **pages, cos=cos, sin=sin, rope_mode="affine")
         return out
 
     def recorded(forward, *inputs, skip=0):

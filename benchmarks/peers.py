@@ -55,6 +55,11 @@ def gated_mlp(x, norm_weight, gate, up, down, eps):
     return x + F.linear(F.silu(F.linear(normed, gate)) * F.linear(normed, up), down)
 
 
+def linear(x, norm_weight, weight, eps):
+    """Projection of x [rows, hidden] behind its norm."""
+    return F.linear(F.rms_norm(x, norm_weight.shape, norm_weight, eps), weight)
+
+
 def select_chunks(scores, threshold, max_chunks, chunk_pages, chunk_tokens, page_tokens):
     """The pages of one row's best chunks, by nonzero and indexing: sizes depend on the data."""
     chunks = (scores[0] >= threshold).nonzero()[:, 0]
@@ -63,7 +68,7 @@ def select_chunks(scores, threshold, max_chunks, chunk_pages, chunk_tokens, page
         chunks = chunks[best].sort().values
     tokens = chunk_tokens[chunks]
     base = tokens.cumsum(0) - tokens
-    offset = torch.arange(chunk_pages.shape[1]) * page_tokens
+    offset = torch.arange(chunk_pages.shape[1], device=scores.device) * page_tokens
     length = (tokens[:, None] - offset).clamp(0, page_tokens)
     used = length > 0
     position = base[:, None] + offset

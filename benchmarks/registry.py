@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import exact
 import inputs
 import peers
 import shapes
@@ -24,12 +25,14 @@ class Entry:
     # name -> function and the role of its arguments in `inputs`; "compile" is made from "eager"
     # unless it is named here
     peers: dict[str, tuple[Callable, str]]
+    # the result in float64, from the case and the first arguments of ours
+    exact: Callable[..., exact.Exact]
     # bytes that must move between memory and processor, and floating-point operations
     bytes: Callable[[Case], int]
     flops: Callable[[Case], int]
     # which measured peak the bytes are compared with: "read" or "copy"
     traffic: str
-    # the tensors of our result that peers return too
+    # the tensors of our result that peers and the reference return too
     comparable: Callable[[Any], tuple] = tuple
 
 
@@ -67,16 +70,26 @@ def gated_mlp_flops(case: Case) -> int:
     return 6 * case.shape.rows * case.shape.hidden * case.shape.intermediate
 
 
+def linear(x, out, **arguments):
+    """One projection behind its norm, as the compressor calls it."""
+    lk.linear_(out, x, **arguments)
+    return (out,)
+
+
+def linear_bytes(case: Case) -> int:
+    shape = case.shape
+    numbers = shape.rows * (shape.hidden + shape.outputs) + shape.hidden * shape.outputs
+    return numbers * case.dtype.itemsize
+
+
+def linear_flops(case: Case) -> int:
+    return 2 * case.shape.rows * case.shape.hidden * case.shape.outputs
+
+
 def select_chunks_bytes(case: Case) -> int:
     pages = inputs.CHUNK_TOKENS // PAGE
     per_selected = 4 * (pages * 4 + 1)  # pages read, and four results written
     return 8 * case.shape.chunks + case.shape.budget * per_selected
-
-
-def selected_pages(selection: lk.ChunkSelection) -> tuple:
-    pages, chunks = selection.num_pages[0], selection.num_chunks[0]
-    lists = (selection.page_table, selection.page_len, selection.page_base)
-    return *(x[0, :pages] for x in lists), selection.chunks[0, :chunks]
 
 
 def gather_chunks(**arguments):
@@ -114,9 +127,11 @@ REGISTRY = (
         inputs=inputs.compress_pack,
         ours=compress_pack,
         peers={"eager": (peers.compress_pack, "eager")},
+        exact=exact.compress_pack,
         bytes=compress_pack_bytes,
         flops=lambda case: 0,
         traffic="copy",
+        comparable=lambda result: (*result[:3], result[3][:, 0], result[4][:, 0]),
     ),
     Entry(
         op="gated_mlp",
@@ -124,8 +139,20 @@ REGISTRY = (
         inputs=inputs.gated_mlp,
         ours=gated_mlp,
         peers={"eager": (peers.gated_mlp, "eager")},
+        exact=exact.gated_mlp,
         bytes=gated_mlp_bytes,
         flops=gated_mlp_flops,
+        traffic="copy",
+    ),
+    Entry(
+        op="linear",
+        cases=shapes.LINEAR,
+        inputs=inputs.linear,
+        exact=exact.linear,
+        ours=linear,
+        peers={"eager": (peers.linear, "eager")},
+        bytes=linear_bytes,
+        flops=linear_flops,
         traffic="copy",
     ),
     Entry(
@@ -134,10 +161,11 @@ REGISTRY = (
         inputs=inputs.select_chunks,
         ours=lk.select_chunks,
         peers={"eager": (peers.select_chunks, "eager")},
+        exact=exact.select_chunks,
         bytes=select_chunks_bytes,
         flops=lambda case: 0,
         traffic="copy",
-        comparable=selected_pages,
+        comparable=exact.selected_pages,
     ),
     Entry(
         op="gather_chunks",
@@ -145,6 +173,7 @@ REGISTRY = (
         inputs=inputs.gather_chunks,
         ours=gather_chunks,
         peers={"eager": (peers.gather_chunks, "eager")},
+        exact=exact.gather_chunks,
         bytes=gather_chunks_bytes,
         flops=lambda case: 0,
         traffic="copy",
@@ -156,6 +185,7 @@ REGISTRY = (
         inputs=inputs.attention_inputs,
         ours=lk.memory_attention,
         peers={"eager": (peers.attention, "eager")} | READY,
+        exact=exact.memory_attention,
         bytes=attention_bytes,
         flops=attention_flops,
         traffic="read",
@@ -171,6 +201,7 @@ REGISTRY = (
             "compile": (peers.backward, "compile"),
             "sdpa_ready": (peers.backward, "ready"),
         },
+        exact=exact.memory_attention_backward,
         bytes=attention_bytes,
         # scores once more, then one product each for dv, dp, dq and dk
         flops=lambda case: attention_flops(case) * 5 // 2,

@@ -63,6 +63,15 @@ class FeedForward(Shape):
 
 
 @dataclass(frozen=True)
+class Projection(Shape):
+    """linear_: rows of a window's raw tokens, in the same model."""
+
+    rows: int = 2048
+    hidden: int = 512
+    outputs: int = 512
+
+
+@dataclass(frozen=True)
 class Selection(Shape):
     """select_chunks: chunks of 1024 memory tokens, of which at most `budget` are selected."""
 
@@ -120,6 +129,7 @@ FLOAT, HALF, BYTE = torch.float32, torch.bfloat16, torch.int8
 
 COMPRESS_PACK = cases([Window(), Window(batch=8, cold=True)], (FLOAT, BYTE), (HALF, BYTE))
 GATED_MLP = cases([FeedForward()], (FLOAT, None))
+LINEAR = cases([Projection(), Projection(outputs=128)], (FLOAT, None))
 SELECT_CHUNKS = cases([Selection(), Selection(chunks=4096)], (FLOAT, None))
 GATHER_CHUNKS = cases([Gather(), Gather(tokens=8192, cold=True)], (HALF, BYTE))
 DECODE = cases(

@@ -6,37 +6,27 @@ import functools
 import machine
 import pytest
 import torch
+from exact import check
 from registry import REGISTRY
 from timing import Method, interleave
 
 # Seconds per case after the first calls; slow peers need more and get it.
 SECONDS = 1.0
-# Largest difference to a peer, as a share of the largest value: what rounding at every step costs
-# a composition in this dtype, and one level of a quantised row. Other integers are equal.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.int8: 1.001 / 127}
 CASES = [(entry, case) for entry in REGISTRY for case in entry.cases]
 
 
 @functools.lru_cache(maxsize=1)
 def prepare(entry, case):
-    """Inputs and compiled peers of one case, kept for the next number of threads."""
+    """Inputs, peers and float64 result of one case, kept for the next number of threads."""
     torch.manual_seed(0)
     torch.compiler.reset()
     roles = entry.inputs(case)
+    exact = entry.exact(case, **roles["ours"][0])
     functions = dict(entry.peers)
     if "compile" not in functions:
         function, role = functions["eager"]
         functions["compile"] = (torch.compile(function, dynamic=False), role)
-    return roles, functions
-
-
-def check(entry, ours, theirs, name):
-    """Compares the tensors that both return, in order."""
-    for mine, other in zip(entry.comparable(ours), theirs, strict=False):
-        dtype, mine, other = mine.dtype, mine.double(), other.double().reshape(mine.shape)
-        allowed = TOLERANCE.get(dtype, 0) * other.abs().max().item()
-        error = (mine - other).abs().max().item()
-        assert error <= allowed, f"{entry.op} against {name}: differs by {error}, not {allowed}"
+    return roles, functions, exact
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +45,7 @@ def compiler(entry, case):
 @pytest.mark.parametrize("threads", machine.THREADS, indirect=True)
 @pytest.mark.parametrize(("entry", "case"), CASES, ids=[f"{e.op}-{c}" for e, c in CASES])
 def test_op(benchmark, entry, case, threads):
-    roles, functions = prepare(entry, case)
+    roles, functions, exact = prepare(entry, case)
     with torch.set_grad_enabled(entry.op.endswith("_bwd")):
         ours = Method(entry.ours, roles["ours"])
         peers, skipped, result = {}, {}, ours.calibrate()
@@ -66,7 +56,8 @@ def test_op(benchmark, entry, case, threads):
             except torch._dynamo.exc.TorchDynamoException as error:
                 skipped[name] = str(error).strip().partition("\n")[0]
                 continue
-            check(entry, result, theirs if isinstance(theirs, tuple) else (theirs,), name)
+            theirs = theirs if isinstance(theirs, tuple) else (theirs,)
+            check(exact, entry.comparable(result), theirs, name)
             peers[name] = method
         del result, theirs
         timings = interleave(benchmark, ours, list(peers.values()), SECONDS)

@@ -12,9 +12,7 @@
 #include <stdexcept>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+#include "huge_pages.h"
 
 // Only a torch with CUDA has it: weak, so that the library also loads into others.
 extern "C" __attribute__((weak)) AOTITorchError
@@ -71,17 +69,8 @@ inline void* current_cuda_stream(int32_t device_index) {
   return stream;
 }
 
-// Asks for huge pages behind a large fresh output: the faults of 4 KiB pages take several times as
-// long as filling it. Beyond 128 MiB, finding huge pages was seen to take longer still.
 inline void prefer_huge_pages(const torch::stable::Tensor& output) {
-#if defined(__linux__)
-  constexpr uintptr_t kPage = 2 << 20, kLeast = 4 << 20, kMost = 128 << 20;
-  const uintptr_t data = reinterpret_cast<uintptr_t>(output.mutable_data_ptr());
-  const uintptr_t bytes = output.numel() * output.element_size();
-  const uintptr_t begin = (data + kPage - 1) / kPage * kPage, end = (data + bytes) / kPage * kPage;
-  if (bytes < kLeast || bytes > kMost || begin >= end) return;
-  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // only a hint
-#endif
+  prefer_huge_pages(output.mutable_data_ptr(), output.numel() * output.element_size());
 }
 
 }  // namespace lychee

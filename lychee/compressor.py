@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import lychee_kernels as lk
-from lychee.decoder import BLOCK_ROWS, Decoder, Layer, linear_into
+from lychee.decoder import Decoder, Layer, linear_into
 
 
 class Sink(Protocol):
@@ -128,76 +128,55 @@ class Compressor:
 
     def _project(self, layer: Layer, x: Tensor, raw_rows: int, memory_queries_only: bool):
         """q, k, v [rows, H, D] in segment order; each row goes through one projection."""
-        attention, recorded = layer.self_attn, torch.is_grad_enabled()
-        first = {"q": raw_rows if memory_queries_only else 0, "k": 0, "v": 0}
-        results = {
-            letter: [] if recorded else x.new_empty(len(x) - skipped, attention.width(letter))
-            for letter, skipped in first.items()
-        }
-        for start, stop, memory in row_blocks(raw_rows, len(x)):
-            h = layer.input_layernorm(x[start:stop])
-            for letter, skipped in first.items():
-                if start < skipped:
-                    continue
-                linear = attention.linear(letter, memory)
-                if recorded:
-                    results[letter].append(linear(h))
-                else:
-                    linear_into(linear, h, results[letter][start - skipped : stop - skipped])
-        return tuple(
-            attention.split_heads(letter, torch.cat(rows) if recorded else rows)
-            for letter, rows in results.items()
-        )
+        attention, norm = layer.self_attn, layer.input_layernorm
+        recorded = torch.is_grad_enabled()
+        hidden = norm(x) if recorded else x
+        both = [(hidden[:raw_rows], False), (hidden[raw_rows:], True)]
+        results = []
+        for letter in "qkv":
+            segments = both[1:] if letter == "q" and memory_queries_only else both
+            if recorded:
+                rows = torch.cat([attention.linear(letter, own)(h) for h, own in segments])
+            else:
+                rows = x.new_empty(sum(len(h) for h, _ in segments), attention.width(letter))
+                start = 0
+                for h, own in segments:
+                    target = rows[start : start + len(h)]
+                    linear_into(attention.linear(letter, own), h, target, norm=norm)
+                    start += len(h)
+            results.append(attention.split_heads(letter, rows))
+        return results
 
     def _close_layer(self, layer: Layer, x: Tensor, out: Tensor, window: Window) -> Tensor:
-        """Output projection, residual and MLP, block by block; without gradients in place.
+        """Output projection, residual and MLP; without gradients in place.
 
         x: [rows, E], all rows or the memory rows; out: attention output [B, Hq, T, D] for them.
         """
-        raw_rows = x.shape[0] - window.batch * window.memory
-        attended, blocks = SegmentRows(out, window), []
-        for start, stop, memory in row_blocks(raw_rows, x.shape[0]):
-            y, linear = x[start:stop], layer.self_attn.linear("o", memory)
-            rows = attended.rows(start, stop, memory)
-            if torch.is_grad_enabled():
-                y = y + linear(rows)
-                blocks.append(y + layer.mlp(layer.post_attention_layernorm(y)))
-            else:
-                linear_into(linear, rows, y, add=True)
-        if blocks:
-            return torch.cat(blocks)
+        segments = [
+            (layer.self_attn.linear("o", own), rows) for rows, own in split_segments(out, window)
+        ]
+        if torch.is_grad_enabled():
+            x = x + torch.cat([linear(rows.flatten(0, -2)) for linear, rows in segments])
+            return x + layer.mlp(layer.post_attention_layernorm(x))
+        start = 0
+        for linear, rows in segments:
+            stop = start + rows.shape[:-1].numel()
+            linear_into(linear, rows, x[start:stop], add=True)
+            start = stop
         layer.add_mlp(x)
         return x
 
 
-def row_blocks(raw_rows: int, rows: int) -> list[tuple[int, int, bool]]:
-    """(start, stop, is memory) of blocks of at most BLOCK_ROWS that do not mix the segments."""
-    blocks = []
-    for first, end, memory in ((0, raw_rows, False), (raw_rows, rows, True)):
-        for start in range(first, end, BLOCK_ROWS):
-            blocks.append((start, min(start + BLOCK_ROWS, end), memory))
-    return blocks
+def split_segments(out: Tensor, window: Window) -> list[tuple[Tensor, bool]]:
+    """Views of an attention output [B, Hq, T, D] in segment order, each with "is memory".
 
-
-class SegmentRows:
-    """Rows of an attention output [B, Hq, T, D], numbered in segment order."""
-
-    def __init__(self, out: Tensor, window: Window):
-        rows = out.transpose(1, 2).flatten(2)
-        if rows.shape[1] == window.memory:
-            self.raw, self.memory = None, rows.flatten(0, 1)
-        else:
-            groups = rows.unflatten(1, (window.memory, window.ratio + 1)).flatten(0, 1)
-            self.raw, self.memory = groups[:, :-1], groups[:, -1]
-
-    def rows(self, start: int, stop: int, memory: bool) -> Tensor:
-        """[stop - start, Hq * D] of one segment."""
-        if memory:
-            first = 0 if self.raw is None else self.raw.shape[0] * self.raw.shape[1]
-            return self.memory[start - first : stop - first]
-        ratio = self.raw.shape[1]
-        groups = self.raw[start // ratio : -(-stop // ratio)].flatten(0, 1)
-        return groups[start % ratio :][: stop - start]
+    Raw rows are [groups, ratio, Hq * D], one group per memory row; memory rows [groups, Hq * D].
+    """
+    rows = out.transpose(1, 2).flatten(2)
+    if rows.shape[1] == window.memory:
+        return [(rows.flatten(0, 1), True)]
+    groups = rows.unflatten(1, (window.memory, window.ratio + 1)).flatten(0, 1)
+    return [(groups[:, :-1], False), (groups[:, -1], True)]
 
 
 class TensorSink:

@@ -45,18 +45,6 @@ class KVCache:
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
 
-def linear_into(linear: nn.Linear, x: Tensor, out: Tensor, *, add: bool = False) -> None:
-    """Write linear(x) [rows, N] into `out`, or add it to what is there; without gradients."""
-    if add and linear.bias is not None:
-        out += linear.bias
-    if add:
-        out.addmm_(x, linear.weight.t())
-    elif linear.bias is not None:
-        torch.addmm(linear.bias, x, linear.weight.t(), out=out)
-    else:
-        torch.mm(x, linear.weight.t(), out=out)
-
-
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate x [B, H, T, D] by half-split RoPE with cos, sin [B or 1, 1, T, D/2] (fp32 inside)."""
     first, second = x.float().chunk(2, dim=-1)
@@ -81,6 +69,39 @@ class RMSNorm(nn.Module):
         if x.dtype == torch.float32:
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         return F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype) * self.weight
+
+
+def linear_into(
+    linear: nn.Linear, x: Tensor, out: Tensor, *, norm: RMSNorm | None = None, add: bool = False
+) -> None:
+    """Write linear(norm(x)) into `out` [rows, N], or add it to what is there; without gradients.
+
+    x: [rows, E], or strided groups of rows [G, R, E].
+    """
+    if fused(x):
+        norm_weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+        lk.linear_(
+            out, x, linear.weight, bias=linear.bias, norm_weight=norm_weight, eps=eps, add=add
+        )
+        return
+    per_group = x[:1].shape[:-1].numel()
+    for groups in range(0, x.shape[0], max(1, BLOCK_ROWS // per_group)):
+        rows = x[groups : groups + max(1, BLOCK_ROWS // per_group)].flatten(0, -2)
+        target = out[groups * per_group :][: len(rows)]
+        rows = rows if norm is None else norm(rows)
+        if add and linear.bias is not None:
+            target += linear.bias
+        if add:
+            target.addmm_(rows, linear.weight.t())
+        elif linear.bias is not None:
+            torch.addmm(linear.bias, rows, linear.weight.t(), out=target)
+        else:
+            torch.mm(rows, linear.weight.t(), out=target)
+
+
+def fused(x: Tensor) -> bool:
+    """Whether the row-wise ops of lychee_kernels take x."""
+    return x.device.type == "cpu" and x.dtype == torch.float32
 
 
 class Attention(nn.Module):
@@ -162,8 +183,7 @@ class Layer(nn.Module):
     def add_mlp(self, x: Tensor) -> None:
         """x += mlp(norm(x)) for many rows x [rows, E], in place, without gradients."""
         mlp, norm = self.mlp, self.post_attention_layernorm
-        fused = x.device.type == "cpu" and x.dtype == torch.float32 and mlp.up_proj.bias is None
-        if fused:
+        if fused(x) and mlp.up_proj.bias is None:
             weights = mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight
             lk.gated_mlp_(x, norm.weight, *weights, eps=norm.eps)
             return

@@ -3,18 +3,26 @@
 
 __version__ = "0.1.0"
 
-from ._loader import backends, cpu_isa, load_library, refuse_cuda_tensors
+from ._loader import (
+    backends,
+    cpu_isa,
+    load_library,
+    refuse_cuda_tensors,
+    register_triton,
+)
 
 load_library()
 
 from .ops.compress_pack import compress_pack, compress_pack_, write_memory_  # noqa: E402
 from .ops.gated_mlp import gated_mlp_  # noqa: E402
 from .ops.gather_chunks import gather_chunks, gather_chunks_  # noqa: E402
+from .ops.linear import linear_  # noqa: E402
 from .ops.memory_attention import memory_attention  # noqa: E402
 from .ops.select_chunks import ChunkSelection, select_chunks  # noqa: E402
 from .rope import rope_tables  # noqa: E402
 
 refuse_cuda_tensors()
+register_triton()
 
 __all__ = [
     "ChunkSelection",
@@ -25,6 +33,7 @@ __all__ = [
     "gated_mlp_",
     "gather_chunks",
     "gather_chunks_",
+    "linear_",
     "memory_attention",
     "rope_tables",
     "select_chunks",

@@ -7,20 +7,23 @@ from pathlib import Path
 
 import torch
 
+from . import triton
+
 BUILD_COMMAND = "pip install --no-build-isolation -e ."
 LIBRARY = Path(__file__).with_name("_C_cpu.so")
 CUDA_LIBRARY = Path(__file__).with_name("_C_cuda.so")
 
 # What each op has beside its reference; an op without C++ runs its reference in mode auto.
 IMPLEMENTATIONS = {
-    "compress_pack": ("cpp", "ref"),
-    "compress_pack_": ("cpp", "ref"),
-    "write_memory_": ("cpp", "ref"),
-    "memory_attention": ("cpp", "ref"),
+    "compress_pack": ("cpp", "triton", "ref"),
+    "compress_pack_": ("cpp", "triton", "ref"),
+    "write_memory_": ("cpp", "triton", "ref"),
+    "memory_attention": ("cpp", "triton", "ref"),
     "gated_mlp_": ("cpp", "ref"),
-    "select_chunks": ("cpp", "ref"),
-    "gather_chunks": ("cpp", "ref"),
-    "gather_chunks_": ("cpp", "ref"),
+    "linear_": ("cpp", "ref"),
+    "select_chunks": ("cpp", "triton", "ref"),
+    "gather_chunks": ("cpp", "triton", "ref"),
+    "gather_chunks_": ("cpp", "triton", "ref"),
 }
 
 
@@ -62,8 +65,8 @@ def refuse_cuda_tensors() -> None:
 def _refuse(op, *args, **kwargs):
     if not CUDA_LIBRARY.exists():
         raise RuntimeError(
-            f"{op}: device: expected CPU tensors in a build without CUDA kernels, got CUDA tensors; "
-            f"build them with: LYCHEE_CUDA=1 {BUILD_COMMAND}"
+            f"{op}: device: expected CPU tensors in a build without CUDA kernels, got CUDA "
+            f"tensors; build them with: LYCHEE_CUDA=1 {BUILD_COMMAND}"
         )
     raise RuntimeError(
         f"{op}: device: expected CPU tensors as there is no CUDA kernel, got CUDA tensors"
@@ -77,15 +80,29 @@ def has_cuda_kernel(op: str) -> bool:
 
 def _requested_backend() -> str:
     name = os.environ.get("LYCHEE_BACKEND") or "auto"
-    if name not in ("auto", "cpp", "ref"):
-        hint = " (there are no Triton kernels in this version)" if name == "triton" else ""
+    if name not in ("auto", "cpp", "triton", "ref"):
         raise ImportError(
-            f"lychee_kernels: LYCHEE_BACKEND: expected auto, cpp or ref, got {name}{hint}"
+            f"lychee_kernels: LYCHEE_BACKEND: expected auto, cpp, triton or ref, got {name}"
+        )
+    if name == "triton" and not triton.is_installed():
+        raise ImportError(
+            "lychee_kernels: triton: expected the package, which LYCHEE_BACKEND=triton asks for, "
+            "got none; install it with: pip install triton"
         )
     return name
 
 
 _REQUESTED = _requested_backend()
+
+
+def register_triton() -> None:
+    """Registers the Triton kernels where LYCHEE_BACKEND asks for them, and in mode auto for CUDA
+    tensors where there are no compiled kernels."""
+    if _REQUESTED == "triton":
+        triton.register("CUDA")
+        triton.register("CPU")
+    elif _REQUESTED == "auto" and triton.is_installed():
+        triton.register("CUDA", _WITHOUT_CUDA)
 
 
 def backend(op: str) -> str:
@@ -100,17 +117,26 @@ def backend(op: str) -> str:
     return _REQUESTED
 
 
-def backends() -> dict[str, str]:
-    """Which backend each op uses in this process: "cpp", "ref", or "none" where LYCHEE_BACKEND
-    names one that the op does not have (calling the op then raises)."""
-    return {
-        op: _REQUESTED
-        if _REQUESTED in available
-        else available[0]
-        if _REQUESTED == "auto"
-        else "none"
-        for op, available in IMPLEMENTATIONS.items()
-    }
+def backends(device: str = "cpu") -> dict[str, str]:
+    """Which backend each op uses in this process.
+
+    Args:
+        device: "cpu" or "cuda".
+
+    Returns:
+        dict from op to "cpp", "triton", "ref", or "none" where the op has no such backend (calling
+        it then raises).
+    """
+    return {op: _backend_on(device, op) for op in IMPLEMENTATIONS}
+
+
+def _backend_on(device, op):
+    available = IMPLEMENTATIONS[op]
+    if _REQUESTED != "auto":
+        return _REQUESTED if _REQUESTED in available else "none"
+    if device == "cpu" or has_cuda_kernel(op):
+        return available[0]
+    return "triton" if "triton" in available and triton.is_installed() else "none"
 
 
 def cpu_isa() -> str:

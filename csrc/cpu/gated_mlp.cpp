@@ -27,12 +27,12 @@ void run_slices(GatedMlpParams p) {
   const auto norm = LYCHEE_ISA_TABLE(GatedMlpStepFn, gated_mlp_norm).pick();
   const auto pack = LYCHEE_ISA_TABLE(GatedMlpStepFn, gated_mlp_pack).pick();
   const auto multiply = LYCHEE_ISA_TABLE(GatedMlpFn, gated_mlp).pick();
-  const int64_t items = (p.rows - 1) / kItemRows + 1, inner = p.inner;
+  const int64_t items = items_of(p.rows), inner = p.inner;
   const int64_t per_panel = 3 * kPanel * p.hidden * static_cast<int64_t>(sizeof(float));
   const int64_t fit = kPackedBytes / per_panel > 1 ? kPackedBytes / per_panel : 1;
   const int64_t slice = (fit < panels_of(inner) ? fit : panels_of(inner)) * kPanel;
 
-  const FloatBuffer normed = allocate_floats(items * kItemRows * p.hidden, kOp);
+  const FloatBuffer normed = allocate_floats(items * kItemRows * spread_stride(p.hidden), kOp);
   p.normed = normed.get();
   torch::stable::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) norm(p, item);

@@ -2,15 +2,10 @@
 // Parameters and entry points of the gated_mlp kernels. Torch-free; strides are in elements.
 #pragma once
 
-#include <stdint.h>
+#include "cpu/panel.h"
 
 namespace lychee {
 
-// Columns of a packed weight panel: a whole number of vectors of any width.
-constexpr int64_t kPanel = 64;
-// Rows per work item, a multiple of every register block: their normalised and activated values
-// stay in the second-level cache at common widths.
-constexpr int64_t kItemRows = 120;
 // Bytes of packed weights held at a time; wider layers run in slices of the inner dimension.
 constexpr int64_t kPackedBytes = int64_t{32} << 20;
 
@@ -23,18 +18,16 @@ struct GatedMlpParams {
   const float *gate, *up, *down;  // [inner, hidden] twice, [hidden, inner]
   int64_t gate_stride, up_stride, down_stride;
 
-  float* normed;  // [padded rows, hidden]
+  float* normed;  // [padded rows, spread_stride(hidden)]
   // The slice of the inner dimension at hand, and its packed panels.
   int64_t first, count;
   float *packed_gate, *packed_up;  // [panels of count][hidden][kPanel]
   float* packed_down;              // [panels of hidden][count][kPanel]
 };
 
-static inline int64_t panels_of(int64_t columns) { return (columns + kPanel - 1) / kPanel; }
-
 // Floats of scratch one thread needs: activations and two tiles of products.
 static inline int64_t gated_mlp_scratch(int64_t count) {
-  return kItemRows * (panels_of(count) + 2) * kPanel;
+  return kItemRows * (spread_stride(panels_of(count) * kPanel) + 2 * kPanel);
 }
 
 using GatedMlpFn = void (*)(const GatedMlpParams&, int64_t item, float* scratch);

@@ -1,82 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// The gated_mlp loops, written once against vec_*.h: weights packed into panels of 64 columns, and
-// products of an item's rows with one panel at a time, whose results never leave the cache.
+// The gated_mlp loops, written once against vec_*.h: products of an item's rows with one packed
+// panel of weights at a time, whose results never leave the cache.
 #pragma once
 
 #include "cpu/gated_mlp.h"
-#include LYCHEE_VEC_HEADER
-#include "cpu/vec_tail.h"
+#include "cpu/panel_product.inl"
 
 namespace lychee {
 namespace {
 
-// Inner products are summed in stretches of this length, each from zero: a stretch of a panel is
-// 128 KiB, and long sums lose less.
-constexpr int64_t kStretch = 512;
 constexpr float kLog2E = 1.44269504f;
-
-// c[m][j] (+)= sum_k a[m][k] * b[k][j] for kRowBlock rows and kColBlock vectors of columns.
-template <bool kAdd>
-inline void multiply_block(const float* a, int64_t a_stride, const float* b, int64_t depth,
-                           float* c) {
-  Vec acc[kRowBlock][kColBlock];
-#pragma GCC unroll 8
-  for (int m = 0; m < kRowBlock; ++m) {
-#pragma GCC unroll 8
-    for (int j = 0; j < kColBlock; ++j) acc[m][j] = zero();
-  }
-  for (int64_t k = 0; k < depth; ++k) {
-    Vec column[kColBlock];
-#pragma GCC unroll 8
-    for (int j = 0; j < kColBlock; ++j) column[j] = load(b + k * kPanel + j * kLanes);
-#pragma GCC unroll 8
-    for (int m = 0; m < kRowBlock; ++m) {
-      const Vec x = broadcast(a[m * a_stride + k]);
-#pragma GCC unroll 8
-      for (int j = 0; j < kColBlock; ++j) acc[m][j] = fma(x, column[j], acc[m][j]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int m = 0; m < kRowBlock; ++m) {
-#pragma GCC unroll 8
-    for (int j = 0; j < kColBlock; ++j) {
-      float* out = c + m * kPanel + j * kLanes;
-      store(out, kAdd ? add(load(out), acc[m][j]) : acc[m][j]);
-    }
-  }
-}
-
-// c [rows, kPanel] = a [rows, depth] * panel [depth, kPanel]; rows is a multiple of kRowBlock.
-inline void multiply_panel(const float* a, int64_t a_stride, int64_t rows, const float* panel,
-                           int64_t depth, float* c) {
-  for (int64_t k = 0; k < depth; k += kStretch) {
-    const int64_t stretch = depth - k < kStretch ? depth - k : kStretch;
-    const auto multiply = k == 0 ? multiply_block<false> : multiply_block<true>;
-    for (int64_t j = 0; j < kPanel; j += kColBlock * kLanes) {
-      for (int64_t r = 0; r < rows; r += kRowBlock) {
-        multiply(a + r * a_stride + k, a_stride, panel + k * kPanel + j, stretch,
-                 c + r * kPanel + j);
-      }
-    }
-  }
-}
-
-// panel[k][j] = w[j][k] for `columns` rows of w; columns beyond them are zero.
-inline void pack_panel(const float* w, int64_t stride, int64_t columns, int64_t depth,
-                       float* panel) {
-  for (int64_t j = 0; j < kPanel; j += kLanes) {
-    for (int64_t k = 0; k < depth; k += kLanes) {
-      Vec block[kLanes];
-      for (int i = 0; i < kLanes; ++i) {
-        block[i] = j + i < columns ? load_first(w + (j + i) * stride + k, depth - k) : zero();
-      }
-      transpose(block);
-      for (int i = 0; i < kLanes && k + i < depth; ++i) {
-        store(panel + (k + i) * kPanel + j, block[i]);
-      }
-    }
-  }
-}
 
 inline int64_t item_rows(const GatedMlpParams& p, int64_t item) {
   const int64_t left = p.rows - item * kItemRows;
@@ -84,26 +17,15 @@ inline int64_t item_rows(const GatedMlpParams& p, int64_t item) {
 }
 
 inline void norm_kernel(const GatedMlpParams& p, int64_t item) {
-  const int64_t rows = item_rows(p, item);
+  const int64_t rows = item_rows(p, item), stride = spread_stride(p.hidden);
   for (int64_t r = 0; r < kItemRows; ++r) {
     const float* in = p.x + (item * kItemRows + r) * p.x_stride;
-    float* out = p.normed + (item * kItemRows + r) * p.hidden;
+    float* out = p.normed + (item * kItemRows + r) * stride;
     if (r >= rows) {
       memset(out, 0, p.hidden * sizeof(float));
       continue;
     }
-    Vec squares = zero();
-    for (int64_t d = 0; d < p.hidden; d += kLanes) {
-      const Vec x = load_first(in + d, p.hidden - d);
-      squares = fma(x, x, squares);
-    }
-    const float mean = reduce_add(squares) / static_cast<float>(p.hidden);
-    const Vec scale = broadcast(1.0f / sqrtf(mean + p.eps));
-    for (int64_t d = 0; d < p.hidden; d += kLanes) {
-      const int64_t count = p.hidden - d;
-      const Vec x = mul(load_first(in + d, count), scale);
-      store_first(out + d, mul(x, load_first(p.norm_weight + d, count)), count);
-    }
+    norm_row(in, p.norm_weight, p.eps, p.hidden, out);
   }
 }
 
@@ -130,17 +52,17 @@ inline Vec activate(Vec gate, Vec up) {
 }
 
 inline void gated_mlp_kernel(const GatedMlpParams& p, int64_t item, float* scratch) {
-  const int64_t inner = panels_of(p.count), act_stride = inner * kPanel;
-  const int64_t rows = item_rows(p, item);
-  const int64_t padded = (rows + kRowBlock - 1) / kRowBlock * kRowBlock;
+  const int64_t inner = panels_of(p.count), act_stride = spread_stride(inner * kPanel);
+  const int64_t rows = item_rows(p, item), padded = padded_rows(rows);
+  const int64_t normed_stride = spread_stride(p.hidden);
   float* act = scratch;
   float* gate = act + kItemRows * act_stride;
   float* up = gate + kItemRows * kPanel;
-  const float* normed = p.normed + item * kItemRows * p.hidden;
+  const float* normed = p.normed + item * kItemRows * normed_stride;
   for (int64_t panel = 0; panel < inner; ++panel) {
     const int64_t offset = panel * p.hidden * kPanel;
-    multiply_panel(normed, p.hidden, padded, p.packed_gate + offset, p.hidden, gate);
-    multiply_panel(normed, p.hidden, padded, p.packed_up + offset, p.hidden, up);
+    multiply_panel(normed, normed_stride, padded, p.packed_gate + offset, p.hidden, gate);
+    multiply_panel(normed, normed_stride, padded, p.packed_up + offset, p.hidden, up);
     for (int64_t r = 0; r < padded; ++r) {
       for (int64_t j = 0; j < kPanel; j += kLanes) {
         const int64_t i = r * kPanel + j;

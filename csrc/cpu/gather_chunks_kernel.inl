@@ -127,7 +127,8 @@ inline void gather_tokens(const PageRows<Stored>& in, const float* cos, const fl
   const bool aligned = (reinterpret_cast<uintptr_t>(out) | row_bytes) % 64 == 0;
   if (streamed && dense && aligned) {
     stream_tokens(in, cos, sin, out, dim);
-  } else if (kSameType<Stored, T> && cos == nullptr && dense && in.token_stride == dim) {
+  } else if (kSameType<Stored, T> && cos == nullptr && dense && in.token_stride == dim &&
+             in.count > 0) {
     memcpy(out, in.data, in.count * row_bytes);
   } else {
     for (int64_t j = 0; j < in.count; ++j) {

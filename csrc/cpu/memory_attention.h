@@ -11,8 +11,8 @@ namespace lychee {
 // D=64.
 constexpr int64_t kTileKeys = 64;
 // Query rows (tokens x heads of one kv head) that share a packed key tile, at most. A multiple of
-// every register block; packing the tiles then costs 2% of the time at D=64.
-constexpr int64_t kBlockRows = 288;
+// every register block; packing the tiles then costs 1% of the time at D=64.
+constexpr int64_t kBlockRows = 576;
 // Tiles per split when a block of few queries reads many keys. Fixed, so that results depend on
 // neither the batch nor the number of threads.
 constexpr int64_t kTilesPerSplit = 16;

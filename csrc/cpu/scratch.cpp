@@ -8,6 +8,7 @@
 #include <string>
 
 #include "check.h"
+#include "huge_pages.h"
 
 namespace lychee {
 
@@ -15,6 +16,7 @@ FloatBuffer allocate_floats(int64_t count, const char* op) {
   const size_t bytes = (static_cast<size_t>(count) * sizeof(float) + 63) / 64 * 64;
   float* data = static_cast<float*>(std::aligned_alloc(64, bytes));
   check(data != nullptr, op, "scratch", std::to_string(bytes) + " bytes", "none: out of memory");
+  prefer_huge_pages(data, bytes);
   return FloatBuffer(data, &std::free);
 }
 

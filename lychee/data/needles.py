@@ -140,13 +140,13 @@ class NeedleMaker:
         question = QUESTIONS[SINGLE_WORDING] if self.single else self.random.choice(QUESTIONS)
         return question.format(attribute=needle.attribute, key=needle.key)
 
-    def unrelated(self, needles: list[Needle]) -> Needle:
-        """A needle that `needles` do not state, often sharing a key's half or an attribute."""
+    def unrelated(self, needles: list[Needle], confusable: float) -> Needle:
+        """A needle that `needles` do not state; a share of `confusable` has a key like theirs."""
         draw = self.random
         stated = {(needle.attribute, needle.key) for needle in needles}
         while True:
             needle = self.make()
-            if needles and draw.random() < 0.5:
+            if needles and draw.random() < confusable:
                 near = draw.choice(needles)
                 if draw.random() < 0.2:
                     needle = self.make(key=near.key)

@@ -20,6 +20,25 @@ from lychee.tokenizer import TextTokenizer
 IGNORED = -100
 # Share of questions about needles that the chunk holds: at the start, and then.
 FOUND_SHARE = {True: 0.8, False: 0.55}
+# Share of turns that are a text's first.
+INITIAL_SHARE = 0.2
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Shares that make up a batch.
+
+    Attributes:
+        single: of batches in the simplest form, see `NeedleMaker`.
+        numbers: of needles whose value is a number.
+        noted: of turns whose notes hold a value already.
+        confusable: of questions about absent needles that share a key's word with a present one.
+    """
+
+    single: float = 0.0
+    numbers: float = 0.5
+    noted: float = 0.3
+    confusable: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -70,22 +89,17 @@ class RecallSampler:
         chunk: int,
         questions: int,
         facts: tuple[int, int],
-        single: float = 0.0,
-        numbers: float = 0.5,
+        mixture: Mixture,
     ) -> RecallBatch:
-        """`size` chunks of `chunk` tokens with facts[0] to facts[1] needles, `questions` each.
-
-        `single`: share of batches in the simplest form, see `NeedleMaker`; `numbers`: share of
-        needles whose value is a number.
-        """
-        self.maker = self.makers[self.random.random() < single]
-        self.maker.numbers = numbers
+        """`size` chunks of `chunk` tokens with facts[0] to facts[1] needles, `questions` each."""
+        self.maker = self.makers[self.random.random() < mixture.single]
+        self.maker.numbers = mixture.numbers
         chunks, turns, final = [], [], []
         for _ in range(size):
             count = self.random.randint(*facts)
             ids, needles = self.chunk(chunk, [self.maker.make() for _ in range(count)])
             chunks.append(ids)
-            turns += [self.update_turn(needles) for _ in range(questions)]
+            turns += [self.update_turn(needles, mixture) for _ in range(questions)]
         for _ in range(max(1, len(turns) // 8)):
             final.append(self.final_turn())
         inputs, labels = pad_turns(turns)
@@ -113,12 +127,17 @@ class RecallSampler:
             last = cut
         return out + prose[last:], [needle for needle, _ in kept]
 
-    def update_turn(self, needles: list[Needle]) -> Turn:
+    def update_turn(self, needles: list[Needle], mixture: Mixture) -> Turn:
         """A question about a chunk that holds `needles`, at some state of the notes."""
-        state = self.random.choices(("initial", "unknown", "known"), (2, 5, 3))[0]
+        shares = (INITIAL_SHARE, 1 - INITIAL_SHARE - mixture.noted, mixture.noted)
+        state = self.random.choices(("initial", "unknown", "known"), shares)[0]
         noted = self.maker.make().value if state == "known" else None
         found = bool(needles) and self.random.random() < FOUND_SHARE[self.maker.single]
-        asked = self.random.choice(needles) if found else self.maker.unrelated(needles)
+        asked = (
+            self.random.choice(needles)
+            if found
+            else self.maker.unrelated(needles, mixture.confusable)
+        )
         # Two needles of a chunk may share key and attribute; the later one counts.
         told = [n.value for n in needles if (n.key, n.attribute) == (asked.key, asked.attribute)]
         notes = self.prompts.no_memory

@@ -21,7 +21,7 @@ from torch import Tensor
 from lychee.compressor import Compressor, MemoryTensors, TensorSink
 from lychee.config import MemoryConfig, ModelConfig
 from lychee.data.needles import word_list
-from lychee.data.recall import IGNORED, RecallBatch, RecallSampler
+from lychee.data.recall import IGNORED, Mixture, RecallBatch, RecallSampler
 from lychee.errors import InputError
 from lychee.memory_model import LycheeMemory
 from lychee.prompts import ReadingPrompts
@@ -35,7 +35,10 @@ TUPLES = ("facts", "ratios", "learning_rate")
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of the curriculum; the learning rate goes linearly from the first to the second."""
+    """One step of the curriculum; the learning rate goes linearly from the first to the second.
+
+    `ratios` are drawn from evenly; the fields behind it are those of `data.recall.Mixture`.
+    """
 
     steps: int
     chunk: int
@@ -44,8 +47,14 @@ class Stage:
     facts: tuple[int, int]
     learning_rate: tuple[float, float]
     ratios: tuple[int, ...] = (4,)
-    single: float = 0.0
-    numbers: float = 0.5
+    single: float = Mixture.single
+    numbers: float = Mixture.numbers
+    noted: float = Mixture.noted
+    confusable: float = Mixture.confusable
+
+    @property
+    def mixture(self) -> Mixture:
+        return Mixture(self.single, self.numbers, self.noted, self.confusable)
 
 
 @dataclass(frozen=True)
@@ -198,7 +207,7 @@ class Pretraining:
             group["lr"] = self.recipe.learning_rate_at(self.step)
         ratio = self.sampler.random.choice(stage.ratios)
         batch = self.sampler.batch(
-            stage.batch, stage.chunk, stage.questions, stage.facts, stage.single, stage.numbers
+            stage.batch, stage.chunk, stage.questions, stage.facts, stage.mixture
         )
         loss, metrics = self.loss(batch, ratio)
         self.optimizer.zero_grad(set_to_none=True)

@@ -4,6 +4,7 @@
 from .compress_pack import compress_pack, compress_pack_, write_memory_
 from .gated_mlp import gated_mlp_
 from .gather_chunks import gather_chunks, gather_chunks_
+from .linear import linear_
 from .memory_attention import memory_attention
 from .select_chunks import ChunkSelection, select_chunks
 
@@ -14,6 +15,7 @@ __all__ = [
     "gated_mlp_",
     "gather_chunks",
     "gather_chunks_",
+    "linear_",
     "memory_attention",
     "select_chunks",
     "write_memory_",

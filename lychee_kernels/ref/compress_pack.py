@@ -77,7 +77,8 @@ def quantise(x, dtype):
     x = x.float()
     amax = x.abs().amax(-1)
     empty = amax < SMALLEST_AMAX
-    inverse = torch.where(empty, 0.0, level / amax)
+    # a tensor, since a number over a tensor is a reciprocal and a product, rounded twice
+    inverse = torch.where(empty, 0.0, amax.new_tensor(level) / amax)
     x = (x * inverse[..., None]).clamp(-level, level)
     scale = torch.where(empty, 0.0, amax / level)
     return (x.round() if dtype == torch.int8 else x).to(dtype), scale

@@ -14,10 +14,10 @@ def memory_attention(
     batch, num_heads, num_queries, head_dim = q.shape
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
     pages = (kv, kv_scale, layer, page_table, page_len, page_base, num_pages)
-    keys, values, visible = _all_keys(q, k, v, pages, valid, cos, sin, rope_mode, query_stride)
+    keys, values, visible = all_keys(q, k, v, pages, valid, cos, sin, rope_mode, query_stride)
 
     # scores are [B, Hkv, G * T, N]
-    scores = _by_kv_head(q, k.shape[1]).to(keys.dtype) @ keys.mT * scale
+    scores = by_kv_head(q, k.shape[1]).to(keys.dtype) @ keys.mT * scale
     scores = scores.unflatten(2, (-1, num_queries))
     scores = scores.masked_fill(~visible[:, None, None], -torch.inf)
     lse = scores.logsumexp(-1)
@@ -30,12 +30,12 @@ def memory_attention(
     return out, lse.reshape(batch, num_heads, num_queries).detach()
 
 
-def _by_kv_head(x, num_kv_heads):
+def by_kv_head(x, num_kv_heads):
     """[B, Hq, T, D] -> [B, Hkv, G * T, D]."""
     return x.unflatten(1, (num_kv_heads, -1)).flatten(2, 3)
 
 
-def _all_keys(q, k, v, pages, valid, cos, sin, rope_mode, query_stride):
+def all_keys(q, k, v, pages, valid, cos, sin, rope_mode, query_stride):
     """Keys and values of pages and segment [B, Hkv, N, D], and who sees them [B, T, N]."""
     compute = torch.promote_types(q.dtype, torch.float32)
     (batch, _, num_queries, _), num_keys = q.shape, k.shape[2]

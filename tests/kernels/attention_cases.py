@@ -8,7 +8,7 @@ import torch
 
 from lychee_kernels import memory_attention, ref, rope_tables
 from lychee_kernels.ref.compress_pack import quantise
-from lychee_kernels.testing import compare
+from lychee_kernels.testing import compare, poison
 
 QUANTISED = (torch.int8, torch.float8_e4m3fn)
 
@@ -100,6 +100,20 @@ def mask_bank(options):
     )
     if kv_scale is not None:
         kv_scale[page, :, :, :, offset] = torch.nan
+
+
+def strided_views(q, k, v, options):
+    """The same arguments inside poisoned tensors: q in a [B, T, Hq, D] projection, k and v at the
+    front of a longer cache, the bank in wider rows."""
+    dim, kv = q.shape[3], options["kv"]
+    projection = poison(torch.empty(*q.transpose(1, 2).shape[:3], dim + 16))
+    wide_q = projection[..., 8 : 8 + dim].transpose(1, 2)
+    caches = poison(torch.empty(2, *k.shape[:2], k.shape[2] + 30, dim))
+    cache_k, cache_v = caches[:, :, :, : k.shape[2]]
+    bank = poison(torch.empty(*kv.shape[:-1], dim + 8))[..., :dim]
+    for view, tensor in zip((wide_q, cache_k, cache_v, bank), (q, k, v, kv), strict=True):
+        view.copy_(tensor)
+    return wide_q, cache_k, cache_v, options | {"kv": bank}
 
 
 def to_double(q, k, v, options):

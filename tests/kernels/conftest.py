@@ -3,15 +3,16 @@
 and under Triton's interpreter."""
 
 import contextlib
-import importlib.util
+import importlib.metadata
 import os
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 import lychee_kernels
-from lychee_kernels import ref
+from lychee_kernels import ref, triton
 from lychee_kernels._loader import has_cuda_kernel
 
 if not torch.cuda.is_available():
@@ -122,29 +123,50 @@ def moved_to_gpu():
         storage.copy_(moved)
 
 
+class InTriton(TorchDispatchMode):
+    """Inside it, lychee's ops run their Triton kernels."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        namespace, _, name = func._schema.name.partition("::")
+        if namespace != "lychee" or name not in triton.SCHEMAS:
+            return func(*args, **(kwargs or {}))
+        return triton.call(name, *args)
+
+
 class Triton(Backend):
-    """The Triton kernels: compiled where there is a GPU, else interpreted on the CPU."""
+    """The public functions, over the Triton kernels: compiled where there is a GPU, else
+    interpreted on the CPU."""
 
     def __init__(self):
         super().__init__("triton")
-        import lychee_kernels.triton as kernels
-
-        self.kernels = kernels
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def __getattr__(self, op):
-        if not hasattr(self.kernels, op):
+        if op not in triton.SCHEMAS:
             pytest.skip(f"{op} has no Triton kernel")
-        kernel = getattr(self.kernels, op)
-        if self.device == "cpu":
-            return kernel
 
         def call(*args, **kwargs):
-            with moved_to_gpu() as (move, back):
+            if self.device == "cpu":
+                with self.active():
+                    return getattr(lychee_kernels, op)(*args, **kwargs)
+            with self.active(), moved_to_gpu() as (move, back):
                 args, kwargs = tree_map(move, (args, kwargs))
-                return tree_map(back, kernel(*args, **kwargs))
+                return tree_map(back, getattr(lychee_kernels, op)(*args, **kwargs))
 
         return call
+
+    def active(self):
+        return InTriton()
+
+
+def without_triton():
+    """Why the Triton backend cannot run here, or None."""
+    if not triton.is_installed():
+        return "triton is not installed"
+    version = tuple(map(int, importlib.metadata.version("triton").split(".")[:2]))
+    if version < (3, 7) and not torch.cuda.is_available():
+        return "the interpreter of triton before 3.7 does not run with numpy 2.4"
+    return None
 
 
 def make_backend(name):
@@ -155,9 +177,8 @@ def make_backend(name):
             pytest.skip(reason)
         return Emulated()
     if name == "triton":
-        for module in ("triton", "lychee_kernels.triton"):
-            if importlib.util.find_spec(module) is None:
-                pytest.skip(f"{module} is not installed")
+        if reason := without_triton():
+            pytest.skip(reason)
         return Triton()
     if name == "cuda":
         if not torch.cuda.is_available():

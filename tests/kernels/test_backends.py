@@ -16,9 +16,11 @@ ROOT = Path(lychee_kernels.__file__).resolve().parent.parent
 TESTS = Path(__file__).resolve().parent
 OPS = {
     "compress_pack", "compress_pack_", "write_memory_", "select_chunks", "gather_chunks",
-    "gather_chunks_", "memory_attention", "gated_mlp_",
+    "gather_chunks_", "memory_attention", "gated_mlp_", "linear_",
 }  # fmt: skip
-TESTED = ("memory_attention", "compress_pack", "gated_mlp", "gather_chunks", "select_chunks")
+TESTED = (
+    "memory_attention", "compress_pack", "gated_mlp", "gather_chunks", "linear", "select_chunks",
+)  # fmt: skip
 CALL = (
     "import torch, lychee_kernels as lk; x = torch.ones(1, 1, 1, 8, dtype={dtype}); "
     "print(lk.memory_attention(x, x, x)[0].sum().item(), lk.backends(), lk.cpu_isa())"
@@ -93,9 +95,9 @@ def test_backend_refuses_an_op_without_it(monkeypatch):
 
 
 def test_unknown_backend_is_refused():
-    code, output = run("-c", "import lychee_kernels", LYCHEE_BACKEND="triton")
+    code, output = run("-c", "import lychee_kernels", LYCHEE_BACKEND="metal")
     assert code != 0
-    assert "LYCHEE_BACKEND: expected auto, cpp or ref, got triton" in output
+    assert "LYCHEE_BACKEND: expected auto, cpp, triton or ref, got metal" in output
 
 
 def test_missing_library_names_the_build_command(monkeypatch, tmp_path):

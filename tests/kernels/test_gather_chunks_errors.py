@@ -4,7 +4,7 @@
 import pytest
 import torch
 from attention_cases import BY_NAME, make_inputs
-from torch._subclasses import FakeTensorMode
+from error_cases import check_fake_message, check_message, replaced, set_first
 
 from lychee_kernels import gather_chunks
 
@@ -13,19 +13,6 @@ from lychee_kernels import gather_chunks
 def inputs():
     options = make_inputs(BY_NAME["prefix"])[3]
     return {name: x for name, x in options.items() if name not in ("layer", "query_stride")}
-
-
-def replaced(name, change):
-    return lambda inputs: inputs | {name: change(inputs[name])}
-
-
-def set_first(name, value):
-    def change(inputs):
-        tensor = inputs[name].clone()
-        tensor.view(-1)[0] = value
-        return inputs | {name: tensor}
-
-    return change
 
 
 def layers(*layer_range):
@@ -102,33 +89,20 @@ VALUE_ERRORS = {
 }
 
 
-def check_message(message, call):
-    with pytest.raises(RuntimeError) as caught:
-        call()
-    assert f"gather_chunks: {message}" in str(caught.value)
-
-
 @pytest.mark.parametrize("message", [*SHAPE_ERRORS, *VALUE_ERRORS])
 def test_gather_chunks_names_the_wrong_argument(inputs, message):
     wrong = (SHAPE_ERRORS | VALUE_ERRORS)[message](inputs)
-    check_message(message, lambda: gather_chunks(**wrong))
+    check_message(message, gather_chunks, **wrong)
 
 
 @pytest.mark.parametrize("message", SHAPE_ERRORS)
 def test_gather_chunks_fake_says_the_same(inputs, message):
-    wrong = SHAPE_ERRORS[message](inputs)
-    with FakeTensorMode() as mode:
-        fake = {
-            name: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x
-            for name, x in wrong.items()
-        }
-        check_message(message, lambda: gather_chunks(**fake))
+    check_fake_message(message, gather_chunks, **SHAPE_ERRORS[message](inputs))
 
 
 def test_gather_chunks_refuses_an_unknown_rope_mode(inputs):
     inputs["rope_mode"] = "local"
-    check_message("rope_mode: expected none or affine, got local",
-                  lambda: gather_chunks(**inputs))  # fmt: skip
+    check_message("rope_mode: expected none or affine, got local", gather_chunks, **inputs)
 
 
 def test_gather_chunks_runs_on_meta_tensors(inputs):

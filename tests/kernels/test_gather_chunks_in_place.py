@@ -4,7 +4,7 @@
 import pytest
 import torch
 from attention_cases import BY_NAME, Case, make_inputs
-from torch._subclasses import FakeTensorMode
+from error_cases import check_fake_message, check_message
 
 from lychee_kernels import gather_chunks, gather_chunks_, ref
 
@@ -122,34 +122,26 @@ STRIDE_ERRORS = {
 }  # fmt: skip
 
 
-def check_message(message, call):
-    with pytest.raises(RuntimeError) as caught:
-        call()
-    assert f"gather_chunks_: {message}" in str(caught.value)
-
-
 @pytest.mark.parametrize("message", [*ERRORS, *STRIDE_ERRORS])
 def test_gather_chunks_in_place_names_the_wrong_argument(message):
     bank = bank_of(make_inputs(BY_NAME["prefix"])[3])
     k, v = (ERRORS | STRIDE_ERRORS)[message](*room_for(bank))
-    check_message(message, lambda: gather_chunks_(k, v, *bank, rope_mode="affine"))
+    check_message(message, gather_chunks_, k, v, *bank, rope_mode="affine")
 
 
 @pytest.mark.parametrize("message", ERRORS)
 def test_gather_chunks_in_place_fake_says_the_same(message):
     bank = bank_of(make_inputs(BY_NAME["prefix"])[3])
-    given = [*ERRORS[message](*room_for(bank)), *bank]
-    with FakeTensorMode() as mode:
-        fake = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in given]
-        check_message(message, lambda: gather_chunks_(*fake, rope_mode="affine"))
+    k, v = ERRORS[message](*room_for(bank))
+    check_fake_message(message, gather_chunks_, k, v, *bank, rope_mode="affine")
 
 
 def test_gather_chunks_in_place_refuses_what_it_could_not_differentiate():
     bank = bank_of(make_inputs(BY_NAME["prefix"])[3])
     k, v = room_for(bank)
     bank[0].requires_grad_()
-    check_message("kv: expected a tensor without gradient, got one that requires it",
-                  lambda: gather_chunks_(k, v, *bank))  # fmt: skip
+    message = "kv: expected a tensor without gradient, got one that requires it"
+    check_message(message, gather_chunks_, k, v, *bank)
     with torch.no_grad():
         gather_chunks_(k, v, *bank)
     assert torch.equal(k, gather_chunks(*bank)[0])

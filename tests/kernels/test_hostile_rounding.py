@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lychee_kernels import compress_pack, cpu_isa, write_memory_
+from lychee_kernels.ref.compress_pack import quantise
 
 LEVELS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 quantised = pytest.mark.parametrize("dtype", LEVELS, ids=str)
@@ -106,6 +107,19 @@ def test_random_rows_are_stored_bit_by_bit(dtype):
     check_rows(rows, dtype)
     half = torch.from_numpy(rows).bfloat16()
     check_rows(half.float().numpy(), dtype, torch.bfloat16)
+
+
+def test_reference_divides_once():
+    # rows around every tie of many scales: 1 / amax * 127 differs from 127 / amax in the last bit
+    # of a quarter of them
+    rows = np.repeat(np.linspace(1, 2, 99, dtype=np.float32)[:, None], 1 + 3 * 127, axis=1)
+    for row in rows:
+        row[1:] = around((np.arange(127) + 0.5) / (np.float32(127) / row[0]))
+    rows[:, 1:] = np.minimum(rows[:, 1:], rows[:, :1])
+    stored, scale = quantise(torch.from_numpy(rows), torch.int8)
+    expected, expected_scale = expected_bits(rows, torch.int8)
+    np.testing.assert_array_equal(stored.view(torch.uint8).numpy(), expected)
+    np.testing.assert_array_equal(scale.numpy(), expected_scale)
 
 
 @quantised

@@ -6,10 +6,16 @@ import dataclasses
 
 import pytest
 import torch
-from attention_cases import BY_NAME, CASES, check_forward, make_inputs, op_arguments
+from attention_cases import (
+    BY_NAME,
+    CASES,
+    check_forward,
+    make_inputs,
+    op_arguments,
+    strided_views,
+)
 
 from lychee_kernels import memory_attention
-from lychee_kernels.testing import poison
 
 named = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
@@ -43,18 +49,8 @@ def test_memory_attention_passes_opcheck(name):
 def test_memory_attention_reads_strided_inputs():
     q, k, v, options = make_inputs(BY_NAME["prefix"])
     expected = memory_attention(q, k, v, **options)
-    # q from a [B, T, Hq, D] projection, k and v from the front of a larger cache
-    wide = poison(torch.empty(2, 70, 8, 80))
-    wide[..., 8:72] = q.transpose(1, 2)
-    caches = [poison(torch.empty(2, 2, 100, 64)) for _ in range(2)]
-    for cache, x in zip(caches, (k, v), strict=True):
-        cache[:, :, :70] = x
-    bank = poison(torch.empty(4, 3, 2, 2, 64, 72))
-    bank[..., :64] = options["kv"]
-    actual = memory_attention(
-        wide[..., 8:72].transpose(1, 2), caches[0][:, :, :70], caches[1][:, :, :70],
-        **options | {"kv": bank[..., :64]},
-    )  # fmt: skip
+    q, k, v, options = strided_views(q, k, v, options)
+    actual = memory_attention(q, k, v, **options)
     assert torch.equal(actual[0], expected[0])
     assert torch.equal(actual[1], expected[1])
 

@@ -4,7 +4,7 @@
 import pytest
 import torch
 from attention_cases import BY_NAME, make_inputs
-from torch._subclasses import FakeTensorMode
+from error_cases import check_fake_message, check_message, replaced, set_first
 
 from lychee_kernels import memory_attention
 
@@ -13,19 +13,6 @@ from lychee_kernels import memory_attention
 def inputs():
     q, k, v, options = make_inputs(BY_NAME["prefix"])
     return {"q": q, "k": k, "v": v} | options
-
-
-def replaced(name, change):
-    return lambda inputs: inputs | {name: change(inputs[name])}
-
-
-def set_first(name, value):
-    def change(inputs):
-        tensor = inputs[name].clone()
-        tensor.view(-1)[0] = value
-        return inputs | {name: tensor}
-
-    return change
 
 
 SHAPE_ERRORS = {
@@ -72,33 +59,20 @@ VALUE_ERRORS = {
 }
 
 
-def check_message(message, call):
-    with pytest.raises(RuntimeError) as caught:
-        call()
-    assert f"memory_attention: {message}" in str(caught.value)
-
-
 @pytest.mark.parametrize("message", [*SHAPE_ERRORS, *VALUE_ERRORS])
 def test_memory_attention_names_the_wrong_argument(inputs, message):
     wrong = (SHAPE_ERRORS | VALUE_ERRORS)[message](inputs)
-    check_message(message, lambda: memory_attention(**wrong))
+    check_message(message, memory_attention, **wrong)
 
 
 @pytest.mark.parametrize("message", SHAPE_ERRORS)
 def test_memory_attention_fake_says_the_same(inputs, message):
-    wrong = SHAPE_ERRORS[message](inputs)
-    with FakeTensorMode() as mode:
-        fake = {
-            name: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x
-            for name, x in wrong.items()
-        }
-        check_message(message, lambda: memory_attention(**fake))
+    check_fake_message(message, memory_attention, **SHAPE_ERRORS[message](inputs))
 
 
 def test_memory_attention_refuses_an_unknown_rope_mode(inputs):
     inputs["rope_mode"] = "local"
-    check_message("rope_mode: expected none or affine, got local",
-                  lambda: memory_attention(**inputs))  # fmt: skip
+    check_message("rope_mode: expected none or affine, got local", memory_attention, **inputs)
 
 
 def test_memory_attention_runs_on_meta_tensors():

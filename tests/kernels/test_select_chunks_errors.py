@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from torch._subclasses import FakeTensorMode
+from error_cases import check_fake_message, check_message
 
 from lychee_kernels import select_chunks
 
@@ -45,26 +45,15 @@ def arguments(**change):
     return given | change
 
 
-def check_message(message, call):
-    with pytest.raises(RuntimeError) as caught:
-        call()
-    assert f"select_chunks: {message}" in str(caught.value)
-
-
 @pytest.mark.parametrize("message", [*SHAPE_ERRORS, *VALUE_ERRORS])
 def test_select_chunks_names_the_wrong_argument(message):
     wrong = arguments(**(SHAPE_ERRORS | VALUE_ERRORS)[message])
-    check_message(message, lambda: select_chunks(**wrong))
+    check_message(message, select_chunks, **wrong)
 
 
 @pytest.mark.parametrize("message", SHAPE_ERRORS)
 def test_select_chunks_fake_says_the_same(message):
-    with FakeTensorMode() as mode:
-        fake = {
-            name: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x
-            for name, x in arguments(**SHAPE_ERRORS[message]).items()
-        }
-        check_message(message, lambda: select_chunks(**fake))
+    check_fake_message(message, select_chunks, **arguments(**SHAPE_ERRORS[message]))
 
 
 def test_select_chunks_runs_on_meta_tensors():

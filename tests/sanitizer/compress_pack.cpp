@@ -8,6 +8,8 @@ namespace {
 
 using namespace lychee;
 using sanitizer_test::get;
+using sanitizer_test::is_close;
+using sanitizer_test::is_quantised;
 using sanitizer_test::round_to;
 using sanitizer_test::Rows;
 using sanitizer_test::size_of;
@@ -31,11 +33,6 @@ const Shape kShapes[] = {
     {1, 2, 3, 1, 1, 256, 0, Dtype::kFloat32, Dtype::kBFloat16, false, false},
 };
 constexpr int64_t kPositions = 50, kPageTokens = 3, kPages = 40;
-
-bool is_close(double actual, double exact, Dtype dtype) {
-  const double step = dtype == Dtype::kBFloat16 ? 0x1p-8 : dtype == Dtype::kFloat16 ? 0x1p-11 : 0;
-  return fabs(actual - exact) <= fabs(exact) * step + 1e-6;
-}
 
 // A window's tables and row order; positions are scattered.
 struct Window {
@@ -86,7 +83,7 @@ std::vector<double> values(Rows& rows, int64_t i, int64_t size) {
 // One row as a bank stores it: exactly the kernel's float arithmetic, and another rounding.
 void check_stored(const std::vector<double>& x, const char* stored, double scale, Dtype bank) {
   const int64_t size = static_cast<int64_t>(x.size());
-  if (bank != Dtype::kInt8 && bank != Dtype::kFloat8E4M3) {
+  if (!is_quantised(bank)) {
     for (int64_t d = 0; d < size; ++d) EXPECT(get(bank, stored, d) == round_to(bank, x[d]));
     return;
   }
@@ -109,8 +106,7 @@ struct Bank {
         scale(kPages * s.kv_heads * 2, kPageTokens, s.gap, Dtype::kFloat32) {
     for (int64_t i = 0; i < s.batch * s.groups; ++i) slots.push_back(i % 5 == 3 ? -1 : 2 * i + 1);
     writer.data = kv.data();
-    const bool quantised = s.bank == Dtype::kInt8 || s.bank == Dtype::kFloat8E4M3;
-    writer.scale = quantised ? reinterpret_cast<float*>(scale.data()) : nullptr;
+    writer.scale = is_quantised(s.bank) ? reinterpret_cast<float*>(scale.data()) : nullptr;
     writer.dtype = s.bank;
     writer.page_tokens = kPageTokens;
     writer.token_stride = kv.stride();

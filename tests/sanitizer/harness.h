@@ -10,6 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <utility>
 #include <vector>
 
 #include "dispatch.h"
@@ -70,6 +71,11 @@ inline double random_value() {
   return static_cast<double>(static_cast<int64_t>(state)) * 0x1p-63;
 }
 
+// An integer, 0 <= value < count.
+inline int64_t random_below(int64_t count) {
+  return static_cast<int64_t>((random_value() + 1) / 2 * count);
+}
+
 inline int64_t size_of(Dtype dtype) {
   return dtype == Dtype::kFloat32                                ? 4
          : dtype == Dtype::kBFloat16 || dtype == Dtype::kFloat16 ? 2
@@ -99,7 +105,7 @@ inline double round_to(Dtype dtype, double x) {
   }
 }
 
-// Value of a small float with `mantissa` bits below an exponent field of that bias.
+// Value of a finite small float with `mantissa` bits below an exponent field of that bias.
 inline double decode_small(uint32_t bits, int width, int mantissa, int bias) {
   const uint32_t magnitude = bits & ((1u << (width - 1)) - 1),
                  fraction = magnitude % (1u << mantissa);
@@ -108,17 +114,27 @@ inline double decode_small(uint32_t bits, int width, int mantissa, int bias) {
                                  : ldexp(fraction + (1u << mantissa), exponent - bias - mantissa);
   return bits >> (width - 1) ? -x : x;
 }
+// Whether `actual` is `exact` rounded to the type, or as far off as arithmetic in float may be.
+inline bool is_close(double actual, double exact, Dtype dtype, double slack = 1e-6) {
+  const double step = dtype == Dtype::kBFloat16 ? 0x1p-8 : dtype == Dtype::kFloat16 ? 0x1p-11 : 0;
+  return fabs(actual - exact) <= fabs(exact) * step + slack;
+}
+inline bool is_quantised(Dtype dtype) { return size_of(dtype) == 1; }
+
 inline double get(Dtype dtype, const void* p, int64_t i = 0) {
   const char* at = static_cast<const char*>(p) + i * size_of(dtype);
   float single;
   uint16_t half;
+  uint32_t bits;
   switch (dtype) {
     case Dtype::kFloat32:
       memcpy(&single, at, 4);
       return single;
     case Dtype::kBFloat16:
       memcpy(&half, at, 2);
-      return decode_small(half, 16, 7, 127);
+      bits = static_cast<uint32_t>(half) << 16;
+      memcpy(&single, &bits, 4);
+      return single;
     case Dtype::kFloat16:
       memcpy(&half, at, 2);
       return decode_small(half, 16, 10, 15);
@@ -128,22 +144,26 @@ inline double get(Dtype dtype, const void* p, int64_t i = 0) {
       return static_cast<int8_t>(*at);
   }
 }
-// Stores x, which the type represents: float types by their bits, all else by value.
+// The bits of x, which such a float represents; not of infinity or NaN.
+inline uint32_t encode_small(double x, int width, int mantissa, int bias) {
+  uint32_t code = 0;
+  for (uint32_t bit = 1u << (width - 2); bit != 0; bit >>= 1) {
+    if (decode_small(code | bit, width, mantissa, bias) <= fabs(x)) code |= bit;
+  }
+  return code | (signbit(x) ? 1u << (width - 1) : 0);
+}
+// Stores x, which the type represents.
 inline void put(Dtype dtype, void* p, int64_t i, double x) {
   char* at = static_cast<char*>(p) + i * size_of(dtype);
   const float single = static_cast<float>(x);
   uint32_t bits;
   memcpy(&bits, &single, 4);
   uint16_t half = static_cast<uint16_t>(bits >> 16);
+  if (dtype == Dtype::kFloat16) half = static_cast<uint16_t>(encode_small(x, 16, 10, 15));
   if (dtype == Dtype::kFloat32) memcpy(at, &bits, 4);
-  if (dtype == Dtype::kBFloat16) memcpy(at, &half, 2);
-  if (dtype == Dtype::kFloat16) {
-    for (uint32_t code = 0; code < 0x10000; ++code) {
-      if (decode_small(code, 16, 10, 15) == x) half = static_cast<uint16_t>(code);
-    }
-    memcpy(at, &half, 2);
-  }
-  if (size_of(dtype) == 1) *at = static_cast<char>(static_cast<int>(x));
+  if (size_of(dtype) == 2) memcpy(at, &half, 2);
+  if (dtype == Dtype::kInt8) *at = static_cast<char>(static_cast<int>(x));
+  if (dtype == Dtype::kFloat8E4M3) *at = static_cast<char>(encode_small(x, 8, 3, 7));
 }
 
 // Rows of elements with gaps between them. Reading or writing a gap, or past either end, is an
@@ -171,18 +191,19 @@ class Rows {
   char* row(int64_t i) { return data() + i * pitch_; }
   int64_t stride() const { return pitch_ / size_of(dtype); }
   double at(int64_t i, int64_t d) { return get(dtype, row(i), d); }
-  void fill_random() {
-    // Few distinct values: put() searches float16 codes.
-    std::vector<double> values(61);
-    for (double& x : values) x = round_to(dtype, random_value());
-    std::vector<char> coded(values.size() * size_of(dtype));
-    for (size_t i = 0; i < values.size(); ++i) put(dtype, coded.data(), i, values[i]);
+  void put(int64_t i, int64_t d, double x) { sanitizer_test::put(dtype, row(i), d, x); }
+  // Uniform in (-largest, largest).
+  void fill_random(double largest = 1) {
     for (int64_t i = 0; i < rows_; ++i) {
-      for (int64_t d = 0; d < size_; d += size_of(dtype)) {
-        const size_t pick = static_cast<size_t>((random_value() + 1) * 30.49);
-        memcpy(row(i) + d, coded.data() + pick * size_of(dtype), size_of(dtype));
+      for (int64_t d = 0; d * size_of(dtype) < size_; ++d) {
+        put(i, d, round_to(dtype, largest * random_value()));
       }
     }
+  }
+  // From now on, reading or writing row i from element `first` on is an error.
+  void forbid(int64_t i, int64_t first = 0) {
+    const int64_t skipped = first * size_of(dtype);
+    __asan_poison_memory_region(row(i) + skipped, size_ - skipped);
   }
   bool untouched(int64_t i) {
     for (int64_t b = 0; b < size_; ++b) {

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from lychee.data.needles import KINDS, NeedleMaker, hide_needles, word_list
-from lychee.data.recall import IGNORED, RecallSampler
+from lychee.data.recall import IGNORED, Mixture, RecallSampler
 from lychee.prompts import ReadingPrompts
 from lychee.tokenizer import END, TextTokenizer
 
@@ -43,7 +43,7 @@ def test_unrelated_needles_are_not_stated():
     maker = NeedleMaker(WORDS, 1)
     needles = [maker.make() for _ in range(6)]
     stated = {(needle.attribute, needle.key) for needle in needles}
-    asked = [maker.unrelated(needles) for _ in range(300)]
+    asked = [maker.unrelated(needles, 0.5) for _ in range(300)]
     assert not stated & {(needle.attribute, needle.key) for needle in asked}
     # Hard cases occur: keys that share a half, and known keys with another attribute.
     halves = {half for needle in needles for half in needle.key.split()}
@@ -99,7 +99,7 @@ def test_targets_are_what_the_case_says(sampler):
     none = sampler.tokenizer.decode(sampler.prompts.no_memory).strip()
     for _ in range(200):
         needles = [sampler.maker.make() for _ in range(3)]
-        turn = sampler.update_turn(needles)
+        turn = sampler.update_turn(needles, Mixture())
         target = sampler.tokenizer.decode(turn.target).strip()
         key, value = target.rsplit(" ", 1)
         stated = [n.value for n in needles if n.key == key]
@@ -117,7 +117,7 @@ def test_targets_are_what_the_case_says(sampler):
 
 
 def test_labels_line_up(sampler):
-    batch = sampler.batch(2, 120, 4, (1, 3))
+    batch = sampler.batch(2, 120, 4, (1, 3), Mixture())
     assert batch.chunks.shape == (2, 120) and len(batch.turns) == len(batch.labels) == 8
     for inputs, labels in zip(batch.turns, batch.labels, strict=True):
         places = (labels != IGNORED).nonzero()[:, 0].tolist()

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lychee.config import ModelConfig
+from lychee.data.recall import Mixture
 from lychee.decoder import rotate
 from lychee.errors import InputError
 from lychee.tokenizer import TextTokenizer
@@ -130,7 +131,7 @@ def test_a_finished_folder_is_not_overwritten(tmp_path, books):
 def test_learns_one_batch(tmp_path, books):
     """Loss of a repeated batch falls by far: gradients reach what they must."""
     run = Pretraining(Recipe.load(write_recipe(tmp_path)), books, tmp_path / "run")
-    batch = run.sampler.batch(4, 32, 2, (1, 1), 1.0)
+    batch = run.sampler.batch(4, 32, 2, (1, 1), Mixture(single=1.0))
     for group in run.optimizer.param_groups:
         group["lr"] = 1e-2
     losses = []
@@ -145,7 +146,7 @@ def test_learns_one_batch(tmp_path, books):
 
 def test_every_trained_parameter_gets_a_gradient(tmp_path, books):
     run = Pretraining(Recipe.load(write_recipe(tmp_path)), books, tmp_path / "run")
-    loss, _ = run.loss(run.sampler.batch(2, 32, 2, (1, 1), 1.0), 4)
+    loss, _ = run.loss(run.sampler.batch(2, 32, 2, (1, 1), Mixture(single=1.0)), 4)
     loss.backward()
     # Nothing reads the last layer's memory queries: its memory rows only leave keys and values.
     unread = {

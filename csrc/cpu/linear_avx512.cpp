@@ -1,0 +1,24 @@
+// SPDX-License-Identifier: Apache-2.0
+// linear compiled for AVX-512.
+#if defined(__x86_64__)
+#include <immintrin.h>
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+// After the standard headers, so that nothing they define is compiled for this target.
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+
+#define LYCHEE_VEC_HEADER "cpu/vec_avx512.h"
+#include "cpu/linear_kernel.inl"
+
+namespace lychee {
+
+void linear_pack_avx512(const LinearParams& p, int64_t index) { pack_kernel(p, index); }
+
+void linear_avx512(const LinearParams& p, int64_t item, float* scratch) {
+  linear_kernel(p, item, scratch);
+}
+
+}  // namespace lychee
+#endif

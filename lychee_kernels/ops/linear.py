@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""linear_: a projection of many rows, with the norm before it and the residual behind it."""
+
+import torch
+
+from .. import ref
+from .._check import check, check_dtype, check_shape
+from .._loader import backend
+
+_OP = "linear_"
+
+
+def linear_(out, x, weight, *, bias=None, norm_weight=None, eps=0.0, add=False):
+    """out = h @ weight.T + bias, or out += that, with h = rms_norm(x) or x, for inference.
+
+    Made for the many rows of a compressor window: the weight is packed anew in each call, and rows
+    may be taken from strided groups, such as the raw or the memory rows among interleaved ones.
+
+    Args:
+        out: [N, O], float32, last dim contiguous, overwritten; must not overlap `x`.
+        x: [N, I], or [G, R, I] with G * R = N; float32, last dim contiguous.
+        weight: [O, I], float32, last dim contiguous.
+        bias: [O], float32, or None.
+        norm_weight: [I], float32, or None: x is used as it is.
+        eps: float, added to the mean square of the norm.
+        add: whether to add to what `out` holds.
+
+    Returns:
+        None.
+
+    Raises:
+        RuntimeError: shape, dtype or device; an input that requires gradients while gradients are
+            enabled; message names the argument.
+
+    Numerics: float32 throughout; each row's result is independent of the others and of threads.
+    Backward: not defined. Devices: CPU.
+    Source: the attention projections of Llama and Qwen.
+    Reference: lychee_kernels.ref.linear_.
+    """
+    inputs = {"out": out, "x": x, "weight": weight, "bias": bias, "norm_weight": norm_weight}
+    for name, tensor in inputs.items():
+        recorded = tensor is not None and torch.is_grad_enabled() and tensor.requires_grad
+        check(not recorded, _OP, name, "a tensor without gradient", "one that requires it")
+    if backend(_OP) == "ref":
+        _check_inputs(out, x, weight, bias, norm_weight)
+        ref.linear_(out, x, weight, bias=bias, norm_weight=norm_weight, eps=eps, add=add)
+        return
+    torch.ops.lychee.linear_(out, x, norm_weight, eps, weight, bias, add)
+
+
+def _check_inputs(out, x, weight, bias, norm_weight):
+    check_shape(_OP, "x", x, (None,) * (3 if x.dim() == 3 else 2))
+    check_shape(_OP, "weight", weight, (None, x.shape[-1]))
+    if norm_weight is not None:
+        check_shape(_OP, "norm_weight", norm_weight, (x.shape[-1],))
+    if bias is not None:
+        check_shape(_OP, "bias", bias, (weight.shape[0],))
+    check_shape(_OP, "out", out, (x.shape[:-1].numel(), weight.shape[0]))
+    given = {"x": x, "weight": weight, "norm_weight": norm_weight, "bias": bias, "out": out}
+    for name, tensor in given.items():
+        if tensor is not None:
+            check_dtype(_OP, name, tensor, torch.float32)
+
+
+@torch.library.register_fake("lychee::linear_")
+def _fake(out, x, norm_weight, eps, weight, bias, add):
+    _check_inputs(out, x, weight, bias, norm_weight)

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""linear_: accuracy with and without norm, bias and residual, strided groups, documented errors."""
+
+import itertools
+
+import pytest
+import torch
+
+import lychee_kernels
+from lychee_kernels import linear_, ref
+from lychee_kernels.testing import compare
+
+# rows, inputs, outputs: one of each, primes, the item size and its neighbours, a long sum.
+SHAPES = [(1, 1, 1), (7, 13, 5), (83, 40, 67), (85, 64, 128), (170, 96, 33), (30, 1100, 40)]
+EPS = 1e-6
+
+
+def options(inputs, outputs, norm, bias, add):
+    return {
+        "bias": torch.randn(outputs) if bias else None,
+        "norm_weight": torch.rand(inputs) + 0.5 if norm else None,
+        "eps": EPS,
+        "add": add,
+    }
+
+
+def apply_in_double(out, x, weight, given):
+    exact = out.double()
+    doubles = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+    ref.linear_(exact, x.double(), weight.double(), **doubles)
+    return exact
+
+
+def apply_reference(out, x, weight, given):
+    baseline = out.clone()
+    ref.linear_(baseline, x, weight, **given)
+    return baseline
+
+
+@pytest.mark.parametrize("flags", list(itertools.product((False, True), repeat=3)), ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_matches_reference(shape, flags):
+    rows, inputs, outputs = shape
+    x, weight = torch.randn(rows, inputs) * 3, torch.randn(outputs, inputs)
+    out, given = torch.randn(rows, outputs), options(inputs, outputs, *flags)
+    exact, baseline = (f(out, x, weight, given) for f in (apply_in_double, apply_reference))
+    linear_(out, x, weight, **given)
+    compare(out, exact, baseline)
+
+
+def test_out_is_overwritten_where_nothing_is_added():
+    out = torch.full((5, 3), torch.nan)
+    linear_(out, torch.ones(5, 4), torch.ones(3, 4))
+    assert torch.equal(out, torch.full((5, 3), 4.0))
+
+
+def test_strided_groups_leave_their_neighbours_alone():
+    """Raw rows among interleaved ones, into columns of a wider result."""
+    interleaved, weight = torch.randn(50, 5, 24), torch.randn(17, 24)
+    wide = torch.randn(200, 40)
+    out, before = wide[:, 9:26], wide.clone()
+    groups = interleaved[:, :-1]
+    poisoned = interleaved.clone()
+    poisoned[:, -1] = torch.nan
+    expected = torch.empty(200, 17)
+    linear_(expected, groups.reshape(200, 24), weight, norm_weight=torch.ones(24), eps=EPS)
+    linear_(out, poisoned[:, :-1], weight, norm_weight=torch.ones(24), eps=EPS)
+    assert torch.equal(out, expected)
+    assert torch.equal(wide[:, :9], before[:, :9]) and torch.equal(wide[:, 26:], before[:, 26:])
+
+
+def test_strided_weight():
+    wide, x, out = torch.full((6, 20), torch.nan), torch.randn(9, 8), torch.empty(2, 9, 6)
+    wide[:, 5:13] = torch.randn(6, 8)
+    linear_(out[0], x, wide[:, 5:13])
+    linear_(out[1], x, wide[:, 5:13].contiguous())
+    assert torch.equal(out[0], out[1])
+
+
+def test_rows_do_not_depend_on_each_other_or_on_threads():
+    x, weight, before = torch.randn(250, 32), torch.randn(40, 32), torch.get_num_threads()
+    poisoned = torch.cat((x[:7], torch.full((1, 32), torch.nan), x[8:]))
+    expected = torch.empty(7, 40)
+    linear_(expected, x[:7], weight)
+    try:
+        for threads, rows in itertools.product((1, 2), (x, poisoned)):
+            torch.set_num_threads(threads)
+            out = torch.empty(250, 40)
+            linear_(out, rows, weight)
+            assert torch.equal(out[:7], expected)
+            assert out[7].isnan().all() == (rows is poisoned) and not out[8:].isnan().any()
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("shape", [(0, 8, 4), (3, 8, 0)], ids=str)
+def test_nothing_to_do(shape):
+    rows, inputs, outputs = shape
+    linear_(torch.empty(rows, outputs), torch.ones(rows, inputs), torch.ones(outputs, inputs))
+
+
+def arguments():
+    return {"out": torch.zeros(4, 6), "x": torch.zeros(4, 8), "weight": torch.zeros(6, 8)}
+
+
+ERRORS = {
+    "x: expected shape [*, *], got [8]": {"x": torch.zeros(8)},
+    "x: expected dtype float32, got float64": {"x": torch.zeros(4, 8).double()},
+    "out: expected shape [4, 6], got [4, 5]": {"out": torch.zeros(4, 5)},
+    "out: expected shape [6, 6], got [4, 6]": {"x": torch.zeros(2, 3, 8)},
+    "out: expected dtype float32, got bfloat16": {"out": torch.zeros(4, 6).bfloat16()},
+    "weight: expected shape [*, 8], got [6, 9]": {"weight": torch.zeros(6, 9)},
+    "bias: expected shape [6], got [8]": {"bias": torch.zeros(8)},
+    "norm_weight: expected shape [8], got [6]": {"norm_weight": torch.zeros(6)},
+    "norm_weight: expected dtype float32, got float16": {"norm_weight": torch.zeros(8).half()},
+    "weight: expected a tensor without gradient": {"weight": torch.zeros(6, 8, requires_grad=True)},
+}
+
+
+@pytest.mark.parametrize("message", ERRORS)
+def test_errors(message):
+    with pytest.raises(RuntimeError) as caught:
+        linear_(**arguments() | ERRORS[message])
+    assert f"linear_: {message}" in str(caught.value)
+
+
+@pytest.mark.skipif(
+    lychee_kernels.backends()["linear_"] != "cpp", reason="the reference takes any stride"
+)
+def test_strided_last_dim_is_refused():
+    with pytest.raises(RuntimeError, match="linear_: weight: expected a contiguous last dimension"):
+        linear_(**arguments() | {"weight": torch.zeros(6, 16)[:, ::2]})
+
+
+def test_opcheck():
+    out, x, weight = torch.zeros(4, 6), torch.randn(2, 2, 8), torch.randn(6, 8)
+    torch.library.opcheck(
+        torch.ops.lychee.linear_.default, (out, x, torch.ones(8), EPS, weight, None, True), {}
+    )
+
+
+def test_compiles_whole():
+    x, weight, expected, out = torch.randn(5, 8), torch.randn(6, 8), torch.zeros(5, 6), None
+    linear_(expected, x, weight)
+    compiled = torch.compile(linear_, fullgraph=True, backend="aot_eager")
+    out = torch.zeros(5, 6)
+    compiled(out, x, weight)
+    assert torch.equal(out, expected)
