@@ -4,6 +4,7 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <functional>
 #include <initializer_list>
 #include <optional>
 #include <stdexcept>
@@ -108,6 +109,9 @@ inline void check_contiguous(const Tensor& tensor, const char* op, const char* a
 inline void check_cpu(const Tensor& tensor, const char* op, const char* argument) {
   check(tensor.is_cpu(), op, argument, "a CPU tensor", "a tensor on another device");
 }
+
+// That a tensor lies on the device an op runs on: check_cpu, or what CUDA has in its place.
+using CheckDevice = std::function<void(const Tensor& tensor, const char* op, const char* argument)>;
 
 inline Dtype io_dtype(ScalarType dtype, const char* op, const char* argument) {
   switch (dtype) {

@@ -3,7 +3,13 @@
 
 __version__ = "0.1.0"
 
-from ._loader import backends, cpu_isa, load_library, register_triton
+from ._loader import (
+    backends,
+    cpu_isa,
+    load_library,
+    refuse_cuda_tensors,
+    register_triton,
+)
 
 load_library()
 
@@ -15,6 +21,7 @@ from .ops.memory_attention import memory_attention  # noqa: E402
 from .ops.select_chunks import ChunkSelection, select_chunks  # noqa: E402
 from .rope import rope_tables  # noqa: E402
 
+refuse_cuda_tensors()
 register_triton()
 
 __all__ = [

@@ -44,7 +44,6 @@ def load_library() -> None:
                 f"lychee_kernels: compiled library: expected one that loads into torch "
                 f"{torch.__version__}, got: {error}; rebuild it with: {BUILD_COMMAND}"
             ) from error
-    _refuse_cuda_tensors()
 
 
 # Kernels that only say what is missing; their ops are in _WITHOUT_CUDA.
@@ -52,8 +51,9 @@ _REFUSALS = torch.library.Library("lychee", "IMPL", "CUDA")
 _WITHOUT_CUDA: set[str] = set()
 
 
-def _refuse_cuda_tensors() -> None:
-    """Gives every op that has no CUDA kernel one that raises."""
+def refuse_cuda_tensors() -> None:
+    """Gives every op that has no CUDA kernel one that raises; called once all ops are imported, as
+    some bring a CUDA kernel in Python."""
     for name in torch._C._dispatch_get_all_op_names():
         namespace, _, op = name.partition("::")
         if namespace != "lychee" or torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"):

@@ -8,7 +8,7 @@
 
 #include <algorithm>
 
-#include "cpu/select_chunks.h"
+#include "select_chunks_params.h"
 #include "cpu/vec_generic.h"
 
 namespace lychee {

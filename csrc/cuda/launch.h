@@ -67,6 +67,23 @@ inline void check_same_device(const Tensor& tensor, const Tensor& first, const c
        "one on cuda:" + std::to_string(device));
 }
 
+// check_same_device for checks that serve every device.
+inline CheckDevice same_device_as(const Tensor& first) {
+  return [first](const Tensor& t, const char* op, const char* argument) {
+    check_same_device(t, first, op, argument);
+  };
+}
+
+// What plans divide work by; in the emulator few, so that small cases are split too.
+inline int multiprocessors(const Tensor& on, [[maybe_unused]] const char* op) {
+  int count = 4;
+#if defined(__CUDACC__)
+  check_runtime(
+      cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, on.get_device_index()), op);
+#endif
+  return count;
+}
+
 // A dense tensor on the device of `like`, laid out in memory as lychee::new_output does.
 inline Tensor new_output_like(const Tensor& like, const std::vector<int64_t>& sizes,
                               ScalarType dtype, const std::vector<int>& memory_order = {}) {

@@ -6,6 +6,7 @@ import torch
 from .. import ref
 from .._check import check, check_bank, check_dtype, check_page_values, check_range, check_shape
 from .._loader import backend
+from ..memory_attention_bwd import memory_attention_bwd
 
 # Codes of rope_mode in the op schema.
 ROPE_MODES = {"none": 0, "affine": 1}
@@ -57,9 +58,12 @@ def memory_attention(
         RuntimeError: shape, dtype, device, page or position out of range; message names the
             argument.
 
-    Numerics: scores, softmax and sums in float32; independent of batch size and thread count.
+    Numerics: scores, softmax and sums in float32; independent of batch size and thread count. On
+        CUDA, 16-bit inputs with D 64 or 128 are multiplied by tensor cores: rotated page keys and
+        softmax weights are rounded to the dtype of q, with 8-bit banks to float16 at decode.
     Backward: q, k, v and float kv (rows that read one page add up, in a fixed order); sums in
-        float32, bitwise repeatable on any number of threads. Devices: CPU.
+        float32, bitwise repeatable on any number of threads. Devices: CPU, CUDA. On CUDA no value
+        of a page table is checked: a page outside of the bank counts as empty.
     Source: LycheeMemory, reasoning over compressed memory and working memory.
     Reference: lychee_kernels.ref.memory_attention.
     """
@@ -170,3 +174,4 @@ def _backward_fake(
 
 
 torch.library.register_autograd(f"lychee::{_OP}", _backward, setup_context=_setup_context)
+torch.library.impl("lychee::memory_attention_bwd", "cuda", memory_attention_bwd)

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstring>
+#include <exception>
 #include <functional>
 #include <map>
 #include <memory>
@@ -116,14 +117,15 @@ struct Block {
 inline thread_local Block* current_block = nullptr;
 inline thread_local Thread* current_thread = nullptr;
 
-// Read by device code at every threadIdx and blockIdx: hidden from ThreadSanitizer like the rest.
-__attribute__((no_sanitize("thread"), noinline)) inline void set_current_thread(Thread* thread) {
+// Read by device code at every threadIdx and blockIdx.
+LYCHEE_EMULATOR_HIDDEN inline void set_current(Block* block, Thread* thread) {
+  current_block = block;
   current_thread = thread;
 }
 
 inline unsigned char* shared_memory() { return current_block->shared; }
 
-inline void leave_thread() {
+LYCHEE_EMULATOR_HIDDEN inline void leave_thread() {
   switch_context(current_thread->stack.context, current_block->scheduler);
 }
 
@@ -179,6 +181,30 @@ inline void synchronise_block(Site site) {
   acquire(&block.barrier);
 }
 
+// Runs the kernel as this thread; an exception, thrown by a test, ends the launch like a report.
+inline void run_kernel() {
+  std::string thrown;
+  try {
+    (*current_block->kernel)();
+  } catch (const std::exception& error) {
+    Hidden hidden;
+    thrown = error.what();
+  }
+  if (!thrown.empty()) fail(thrown);
+}
+
+inline void end_thread() {
+  Hidden hidden;
+  Block& block = *current_block;
+  Thread& thread = *current_thread;
+  if (!thread.open_copies.empty() || !thread.copy_groups.empty()) {
+    fail("thread " + std::to_string(thread.index) + " exits with copies not waited for");
+  }
+  thread.state = State::kDone;
+  --block.alive;
+  if (block.barrier.arrived && block.barrier.arrived == block.alive) open_barrier();
+}
+
 inline void run_thread() {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(nullptr, &current_block->scheduler.bottom,
@@ -186,17 +212,9 @@ inline void run_thread() {
 #endif
   for (;;) {
     acquire(&current_block->order);
-    (*current_block->kernel)();
+    run_kernel();
     release(&current_block->order);
-    Hidden hidden;
-    Block& block = *current_block;
-    Thread& thread = *current_thread;
-    if (!thread.open_copies.empty() || !thread.copy_groups.empty()) {
-      fail("thread " + std::to_string(thread.index) + " exits with copies not waited for");
-    }
-    thread.state = State::kDone;
-    --block.alive;
-    if (block.barrier.arrived && block.barrier.arrived == block.alive) open_barrier();
+    end_thread();
     leave_thread();
   }
 }
@@ -251,7 +269,7 @@ inline void run_block(Block& block) {
       std::swap(block.ready[block.random() % block.ready.size()], block.ready.back());
     Thread& next = *block.fibers[block.ready.back()];
     block.ready.pop_back();
-    set_current_thread(&next);
+    set_current(&block, &next);
     ++statistics.switches;
     switch_context(block.scheduler, next.stack.context);
   }

@@ -62,7 +62,10 @@ lychee_emulator_switch:
 
 namespace lychee::emulator {
 
-// The emulator's own state is not device memory: ThreadSanitizer must not look at it.
+// The emulator's own state is not device memory: ThreadSanitizer must not look at it. Marks a whole
+// function; Hidden marks a scope.
+#define LYCHEE_EMULATOR_HIDDEN __attribute__((no_sanitize("thread"), noinline))
+
 struct Hidden {
 #if defined(__SANITIZE_THREAD__)
   Hidden() {
@@ -103,7 +106,7 @@ struct Context {
 
 // Leaves `from` for `to`; returns when something switches back. ThreadSanitizer takes no ordering
 // from a switch (flag 1): only barriers order memory.
-inline void switch_context(Context& from, Context& to) {
+LYCHEE_EMULATOR_HIDDEN inline void switch_context(Context& from, Context& to) {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(&from.fake_stack, to.bottom, to.size);
 #endif

@@ -33,6 +33,29 @@ inline std::vector<unsigned> block_order(Block& block, unsigned count) {
   return order;
 }
 
+// After a report: fibers that stopped in the middle of a kernel are not to be resumed.
+inline void abandon_fibers(Block& block) {
+#if defined(__SANITIZE_THREAD__)
+  // ThreadSanitizer does not let a fiber end while it is hidden.
+  for (auto& fiber : block.fibers) fiber.release();
+#endif
+  block.fibers.clear();
+}
+
+// What every GPU from sm_80 on can launch; shared memory as on sm_80.
+inline void check_limits(dim3 grid, unsigned threads, size_t shared_bytes) {
+  constexpr size_t kMaxShared = 163 << 10;
+  const auto check = [](bool condition, const char* what, size_t got) {
+    if (!condition) throw std::runtime_error(what + std::to_string(got));
+  };
+  check(threads >= 1 && threads <= 1024, "expected 1 to 1024 threads, got ", threads);
+  check(shared_bytes <= kMaxShared, "expected at most 163 KiB of shared memory, got ",
+        shared_bytes);
+  check(grid.x < 1u << 31, "expected less than 2^31 blocks in x, got ", grid.x);
+  check(grid.y < 1u << 16, "expected less than 2^16 blocks in y, got ", grid.y);
+  check(grid.z < 1u << 16, "expected less than 2^16 blocks in z, got ", grid.z);
+}
+
 // Runs `kernel()` as every thread of the grid; throws std::runtime_error with the block and the
 // report where a thread breaks a rule.
 template <class Kernel>
@@ -41,10 +64,7 @@ void launch(dim3 grid, dim3 threads, size_t shared_bytes, const Kernel& kernel) 
   const std::function<void()> body = kernel;
   const SharedMemory shared(shared_bytes);
   block.count = threads.x * threads.y * threads.z;
-  if (block.count == 0 || block.count > 1024) {
-    throw std::runtime_error("launch: expected 1 to 1024 threads, got " +
-                             std::to_string(block.count));
-  }
+  check_limits(grid, block.count, shared_bytes);
   block.warps.resize((block.count + 31) / 32);
   block.threads = threads;
   block.grid = grid;
@@ -56,12 +76,12 @@ void launch(dim3 grid, dim3 threads, size_t shared_bytes, const Kernel& kernel) 
 #if defined(__SANITIZE_THREAD__)
   block.scheduler.tsan_fiber = __tsan_get_current_fiber();
 #endif
-  current_block = &block;
+  set_current(&block, nullptr);
   for (unsigned i : block_order(block, grid.x * grid.y * grid.z)) {
     block.index = {i % grid.x, i / grid.x % grid.y, i / (grid.x * grid.y)};
     run_block(block);
     if (block.error.empty()) continue;
-    block.fibers.clear();  // stopped in the middle of a kernel: not to be resumed
+    abandon_fibers(block);
     throw std::runtime_error("block (" + std::to_string(block.index.x) + ", " +
                              std::to_string(block.index.y) + ", " + std::to_string(block.index.z) +
                              "): " + block.error);

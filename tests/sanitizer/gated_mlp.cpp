@@ -56,7 +56,7 @@ Wanted expected_row(Rows& x, int64_t r, Rows& norm, Rows& gate, Rows& up, Rows& 
 
 void check(const Shape& s, const Kernels& kernels) {
   const auto f32 = Dtype::kFloat32;
-  const int64_t items = (s.rows - 1) / kItemRows + 1;
+  const int64_t items = items_of(s.rows);
   Rows x(s.rows, s.hidden, s.gap, f32), norm(1, s.hidden, 0, f32);
   Rows gate(s.inner, s.hidden, s.gap, f32), up(s.inner, s.hidden, s.gap, f32);
   Rows down(s.hidden, s.inner, s.gap, f32);
@@ -65,7 +65,7 @@ void check(const Shape& s, const Kernels& kernels) {
   gate.fill_random(s.hidden == 13 ? 1e4 : 1);
   down.fill_random(0.1);
   // every buffer has exactly the size that the host gives it
-  Rows normed(1, items * kItemRows * s.hidden, 0, f32);
+  Rows normed(1, items * kItemRows * spread_stride(s.hidden), 0, f32);
   Rows packed_gate(1, s.slice * s.hidden, 0, f32), packed_up(1, s.slice * s.hidden, 0, f32);
   Rows packed_down(1, panels_of(s.hidden) * kPanel * s.slice, 0, f32);
   Rows scratch(1, gated_mlp_scratch(s.slice), 0, f32);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Parameters of the select_chunks kernels. Torch-free; strides are in elements.
+// Parameters of the select_chunks kernels of every device. Torch-free; strides are in elements.
 #pragma once
 
 #include "dispatch.h"

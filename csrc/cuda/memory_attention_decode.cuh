@@ -1,0 +1,400 @@
+// SPDX-License-Identifier: Apache-2.0
+// memory_attention for few query rows: split keys, the heads of a kv head packed into one 16-row
+// tensor-core tile. A split reads pages or the contiguous segment. Each of four warps takes 16 of a
+// tile's 64 keys and keeps its own maximum, sum and output; they meet once, at the end.
+//
+// 8-bit banks are computed in fp16, exact for their elements: the scale of a key multiplies its
+// score, that of a value its weight.
+#pragma once
+
+#include <type_traits>
+
+#include "cuda/memory_attention_merge.cuh"
+#include "cuda/memory_attention_turn.cuh"
+
+namespace lychee::cuda {
+
+// Where 8-bit banks are read, queries are limited to this, so that rotated ones fit fp16.
+constexpr float kLargestQuery = 32768.0f;
+
+// What reading elements of one type takes in shared memory, in bytes.
+template <class Element, int D, bool kRotate>
+struct DecodeLayout {
+  static constexpr bool kQuantised = sizeof(Element) == 1;
+  static constexpr int kRowBytes = D * static_cast<int>(sizeof(Element));
+  static constexpr int kTileBytes = kTileKeys * kRowBytes;
+  static constexpr int kStages = kQuantised ? 3 : 2;
+  static constexpr int kTable = kStages * 2 * kTileBytes;
+  static constexpr int kTurn = kTable + (kRotate ? kTileKeys * D * 2 : 0);
+  static constexpr int kTurnBytes = kRotate ? D * 4 : 0;
+  static constexpr int kScales = kTurn + kStages * kTurnBytes;
+  static constexpr int kScaleBytes = kQuantised ? 2 * kTileKeys * 4 : 0;
+  static constexpr int kKeep = kScales + kStages * kScaleBytes;
+  static constexpr int kBytes = kKeep + kStages * 8;
+};
+
+// Shared memory of a block: for reading pages, the segment, and for the end.
+template <class Query, class Element, int D, bool kRotate>
+constexpr int64_t decode_shared_bytes(bool has_pages, bool has_segment) {
+  int64_t bytes = block_parts_bytes(kAttentionThreads / 32, D);
+  const int64_t pages = DecodeLayout<Element, D, kRotate>::kBytes;
+  const int64_t segment = DecodeLayout<Query, D, false>::kBytes;
+  if (has_pages && pages > bytes) bytes = pages;
+  if (has_segment && segment > bytes) bytes = segment;
+  return bytes;
+}
+
+// A warp's results, as lanes hold them: rows lane / 4 and lane / 4 + 8.
+template <int D>
+struct DecodeState {
+  float out[D / 8][4];
+  float maximum[2], sum[2];
+};
+
+// Reads tiles of `Element` for queries of `Query`.
+template <class Query, class Element, int D, bool kRotate, class Source>
+struct DecodePass {
+  using Layout = DecodeLayout<Element, D, kRotate>;
+  using Compute = std::conditional_t<Layout::kQuantised, Float16, Query>;
+  static constexpr bool kQuantised = Layout::kQuantised;
+  static constexpr int kSteps = D / 32;  // pairs of k-steps
+
+  const MemoryAttentionParams& p;
+  const Source source;
+  unsigned char* const shared;
+  const int lane, warp, group, member;  // group, member: row and column pair of fragments
+  const bool upper;                     // rows 8 .. 15 exist
+  int limit[2];                         // last key of the segment that each row sees
+  uint32_t query[D / 16][4];
+
+  LYCHEE_DEVICE DecodePass(const MemoryAttentionParams& params, const Work& work,
+                           unsigned char* memory)
+      : p(params),
+        source(params, work, sizeof(Element)),
+        shared(memory),
+        lane(static_cast<int>(threadIdx.x) & 31),
+        warp(static_cast<int>(threadIdx.x) >> 5),
+        group(lane >> 2),
+        member(lane & 3),
+        upper(work.rows > 8) {
+    load_queries(work);
+  }
+
+  LYCHEE_DEVICE static float limited(float x) {
+    return x > kLargestQuery ? kLargestQuery : x < -kLargestQuery ? -kLargestQuery : x;
+  }
+
+  // Stays in the type of the queries where they are rotated later, so that they are rounded once.
+  LYCHEE_DEVICE void load_queries(const Work& work) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = group + r * 8;
+      const bool exists = row < work.rows;
+      const Row at = find_row(p, work, row);
+      limit[r] = last_key(p, at.token);
+      const uint16_t* q = static_cast<const uint16_t*>(p.q) + query_offset(p, work, at);
+#pragma unroll
+      for (int i = 0; i < D / 8; ++i) {
+        const int d = fragment_dimension<kQuantised>(i / 2, i % 2, member);
+        uint32_t pair = exists ? *reinterpret_cast<const uint32_t*>(q + d) : 0u;
+        if constexpr (kQuantised && !std::is_same_v<Query, Float16>) {
+          const float low = limited(Pair<Query>::low(pair));
+          const float high = limited(Pair<Query>::high(pair));
+          pair = kRotate ? Pair<Query>::pack(low, high) : pack_f16(low, high);
+        }
+        query[i / 2][i % 2 * 2 + r] = pair;
+      }
+    }
+  }
+
+  LYCHEE_DEVICE unsigned char* stage_keys(int stage) const {
+    return shared + stage * 2 * Layout::kTileBytes;
+  }
+
+  LYCHEE_DEVICE void start_copies(const Tile& tile, int stage) const {
+    unsigned char* const keys = stage_keys(stage);
+    copy_rows<Layout::kRowBytes>(keys, tile.k, source.k_stride(), tile.keep);
+    copy_rows<Layout::kRowBytes>(keys + Layout::kTileBytes, tile.v, source.v_stride(), tile.keep);
+    if constexpr (kQuantised) {
+      copy_scales(reinterpret_cast<float*>(shared + Layout::kScales + stage * Layout::kScaleBytes),
+                  tile, p.scale_part_stride);
+    }
+    if constexpr (kRotate) {
+      copy_turn<D>(shared + Layout::kTurn + stage * Layout::kTurnBytes, p, tile.position);
+    }
+    if (threadIdx.x == 0) {
+      *reinterpret_cast<uint2*>(shared + Layout::kKeep + stage * 8) =
+          uint2{tile.keep[0], tile.keep[1]};
+    }
+  }
+
+  // Queries of k-steps `step` and `step + kSteps`, turned back by the tile's position.
+  LYCHEE_DEVICE void turn_queries(int stage, int step, uint32_t (&low)[4],
+                                  uint32_t (&high)[4]) const {
+    const float* const cos =
+        reinterpret_cast<const float*>(shared + Layout::kTurn + stage * Layout::kTurnBytes);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int d = fragment_dimension<kQuantised>(step, half, member);
+      const float2 c = *reinterpret_cast<const float2*>(cos + d);
+      const float2 s = *reinterpret_cast<const float2*>(cos + D / 2 + d);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int i = half * 2 + r;
+        low[i] = query[step][i];
+        high[i] = query[step + kSteps][i];
+        if (r == 0 || upper) turn_queries_back<Query, Compute>(low[i], high[i], c, s);
+      }
+    }
+  }
+
+  LYCHEE_DEVICE static void unpack(uint32_t packed, uint32_t& low, uint32_t& high) {
+    if constexpr (std::is_same_v<Element, int8_t>) {
+      int8x4_to_f16x2(packed, low, high);
+    } else {
+      e4m3x4_to_f16x2(packed, low, high);
+    }
+  }
+
+  // Keys of both k-steps for the warp's two groups of eight keys.
+  LYCHEE_DEVICE void load_keys(const unsigned char* keys, int step, uint32_t (&low)[2][2],
+                               uint32_t (&high)[2][2]) const {
+    const int matrix = lane >> 3;
+    if constexpr (kQuantised) {
+      const int row = warp * 16 + (matrix & 1) * 8 + (lane & 7);
+      const int chunk = step + (matrix >> 1) * kSteps;
+      uint32_t raw[4];
+      load_matrix(raw, keys + swizzled<Layout::kRowBytes>(row, chunk));
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        unpack(raw[n], low[n][0], low[n][1]);
+        unpack(raw[n + 2], high[n][0], high[n][1]);
+      }
+    } else {
+      const int row = warp * 16 + (matrix >> 1) * 8 + (lane & 7);
+      const int chunk = step * 2 + (matrix & 1);
+      uint32_t first[4], second[4];
+      load_matrix(first, keys + swizzled<Layout::kRowBytes>(row, chunk));
+      load_matrix(second, keys + swizzled<Layout::kRowBytes>(row, chunk + D / 16));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        low[i / 2][i % 2] = first[i];
+        high[i / 2][i % 2] = second[i];
+      }
+    }
+  }
+
+  // scores[n] is a fragment of the rows by keys n * 8 .. n * 8 + 7 of the warp.
+  LYCHEE_DEVICE void compute_scores(int stage, float (&scores)[2][4]) const {
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      uint32_t low[2][2], high[2][2];
+      load_keys(stage_keys(stage), step, low, high);
+      if constexpr (kRotate) {
+        uint32_t turned_low[4], turned_high[4];
+        turn_queries(stage, step, turned_low, turned_high);
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+          const uint4 turn = *reinterpret_cast<const uint4*>(
+              shared + Layout::kTable + turn_offset<D>(warp * 16 + n * 8 + group, step, member));
+          turn_keys<Compute>(low[n][0], high[n][0], turn.x, turn.z);
+          turn_keys<Compute>(low[n][1], high[n][1], turn.y, turn.w);
+          Pair<Compute>::multiply(scores[n], turned_low, low[n]);
+          Pair<Compute>::multiply(scores[n], turned_high, high[n]);
+        }
+      } else {
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+          Pair<Compute>::multiply(scores[n], query[step], low[n]);
+          Pair<Compute>::multiply(scores[n], query[step + kSteps], high[n]);
+        }
+      }
+    }
+  }
+
+  // Scales and masks the scores, then turns them into weights (a fragment for `add_values`), which
+  // carry the values' scales; sums leave those out. `keep`: one bit per key of the warp.
+  LYCHEE_DEVICE void softmax(int stage, int first_key, uint32_t keep, float (&scores)[2][4],
+                             DecodeState<D>& state, uint32_t (&weights)[4]) const {
+    float value_scale[2][2];
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      const int pair = n * 8 + member * 2;
+      float2 scale{p.scale_log2, p.scale_log2};
+      if constexpr (kQuantised) {
+        const float* const scales =
+            reinterpret_cast<const float*>(shared + Layout::kScales + stage * Layout::kScaleBytes) +
+            warp * 16 + pair;
+        const float2 k_scale = *reinterpret_cast<const float2*>(scales);
+        const float2 v_scale = *reinterpret_cast<const float2*>(scales + kTileKeys);
+        scale.x *= k_scale.x, scale.y *= k_scale.y;
+        value_scale[n][0] = keep >> pair & 1 ? v_scale.x * kValueBoost : 0.0f;
+        value_scale[n][1] = keep >> (pair + 1) & 1 ? v_scale.y * kValueBoost : 0.0f;
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int key = pair + i % 2;
+        bool seen = keep >> key & 1;
+        if constexpr (Source::kSegment) seen = seen && first_key + key <= limit[i / 2];
+        scores[n][i] = seen ? scores[n][i] * (i % 2 ? scale.y : scale.x) : kMinusInfinity;
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      weights[r] = weights[r + 2] = 0u;
+      if (r == 1 && !upper) continue;
+      const int i = r * 2;
+      float largest = max(max(scores[0][i], scores[0][i + 1]), max(scores[1][i], scores[1][i + 1]));
+      largest = max(largest, __shfl_xor_sync(kAllLanes, largest, 1));
+      largest = max(largest, __shfl_xor_sync(kAllLanes, largest, 2));
+      const float maximum = max(state.maximum[r], largest);
+      rescale(r, weight(state.maximum[r], maximum), state);
+      state.maximum[r] = maximum;
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        float x = weight(scores[n][i], maximum), y = weight(scores[n][i + 1], maximum);
+        state.sum[r] += x + y;
+        if constexpr (kQuantised) x *= value_scale[n][0], y *= value_scale[n][1];
+        weights[n * 2 + r] = Pair<Compute>::pack(x, y);
+      }
+    }
+  }
+
+  // Most tiles leave the maximum as it was.
+  LYCHEE_DEVICE static void rescale(int r, float factor, DecodeState<D>& state) {
+    if (__ballot_sync(kAllLanes, factor != 1.0f) == 0) return;
+    state.sum[r] *= factor;
+#pragma unroll
+    for (int j = 0; j < D / 8; ++j) {
+      state.out[j][r * 2] *= factor;
+      state.out[j][r * 2 + 1] *= factor;
+    }
+  }
+
+  // 8-bit rows are transposed in units of two bytes: two neighbouring dimensions of a key. They are
+  // taken apart into the even and the odd dimensions of 16.
+  LYCHEE_DEVICE void add_values(int stage, const uint32_t (&weights)[4],
+                                DecodeState<D>& state) const {
+    const unsigned char* const values = stage_keys(stage) + Layout::kTileBytes;
+    const int matrix = lane >> 3, row = warp * 16 + (matrix & 1) * 8 + (lane & 7);
+#pragma unroll
+    for (int j = 0; j < Layout::kRowBytes / 32; ++j) {
+      uint32_t raw[4];
+      load_matrix_transposed(raw, values + swizzled<Layout::kRowBytes>(row, j * 2 + (matrix >> 1)));
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        if constexpr (kQuantised) {
+          uint32_t even[2], odd[2];
+          unpack(permute_bytes(raw[n * 2], 0, 0x3120), even[0], odd[0]);
+          unpack(permute_bytes(raw[n * 2 + 1], 0, 0x3120), even[1], odd[1]);
+          Pair<Compute>::multiply(state.out[j * 4 + n * 2], weights, even);
+          Pair<Compute>::multiply(state.out[j * 4 + n * 2 + 1], weights, odd);
+        } else {
+          const uint32_t pair[2] = {raw[n * 2], raw[n * 2 + 1]};
+          Pair<Compute>::multiply(state.out[j * 2 + n], weights, pair);
+        }
+      }
+    }
+  }
+
+  // The warp's part of one tile in shared memory.
+  LYCHEE_DEVICE void attend(int stage, int first_key, DecodeState<D>& state) const {
+    const uint32_t* const words =
+        reinterpret_cast<const uint32_t*>(shared + Layout::kKeep + stage * 8);
+    const uint32_t keep = words[warp >> 1] >> (warp & 1) * 16 & 0xffffu;
+    if (keep == 0) return;
+    float scores[2][4] = {};
+    compute_scores(stage, scores);
+    uint32_t weights[4];
+    softmax(stage, first_key + warp * 16, keep, scores, state, weights);
+    add_values(stage, weights, state);
+  }
+
+  LYCHEE_DEVICE void run(int begin, int end, DecodeState<D>& state) const {
+    constexpr int kAhead = Layout::kStages - 1;
+    Tile next = source.tile(begin);
+    for (int i = 0; i < kAhead; ++i) {
+      if (begin + i < end) start_copies(next, i);
+      copy_commit();
+      if (begin + i + 1 < end) next = source.tile(begin + i + 1);
+    }
+    if constexpr (kRotate) fill_turns<D, kQuantised>(p, shared + Layout::kTable);
+    int stage = 0, free_stage = kAhead;
+    for (int index = begin; index < end; ++index) {
+      if (index + kAhead < end) start_copies(next, free_stage);
+      copy_commit();
+      // looked up one tile early: its copies need not wait for the tables
+      if (index + kAhead + 1 < end) next = source.tile(index + kAhead + 1);
+      copy_wait<kAhead>();
+      __syncthreads();
+      attend(stage, index * kTileKeys, state);
+      __syncthreads();
+      stage = stage + 1 == Layout::kStages ? 0 : stage + 1;
+      free_stage = free_stage + 1 == Layout::kStages ? 0 : free_stage + 1;
+    }
+    copy_wait<0>();
+    __syncthreads();
+  }
+
+  // To parts[warp] of the block's result.
+  LYCHEE_DEVICE void store(const DecodeState<D>& state, const BlockParts& parts) const {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int at = warp * kDecodeRows + group + r * 8;
+      float sum = state.sum[r];
+      sum += __shfl_xor_sync(kAllLanes, sum, 1);
+      sum += __shfl_xor_sync(kAllLanes, sum, 2);
+      if (member == 0) {
+        parts.maximum[at] = state.maximum[r];
+        parts.sum[at] = sum;
+      }
+#pragma unroll
+      for (int j = 0; j < D / 8; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int column = member * 2 + e;
+          const int d = kQuantised ? j / 2 * 16 + column * 2 + j % 2 : j * 8 + column;
+          const float x = state.out[j][r * 2 + e];
+          parts.out[at * D + d] = kQuantised ? x * (1.0f / kValueBoost) : x;
+        }
+      }
+    }
+  }
+};
+
+template <class Pass, int D>
+LYCHEE_DEVICE void run_decode_pass(const MemoryAttentionParams& p, const Work& work, int begin,
+                                   int end, unsigned char* shared, const BlockParts& parts) {
+  DecodeState<D> state;
+#pragma unroll
+  for (int j = 0; j < D / 8; ++j) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) state.out[j][i] = 0.0f;
+  }
+  state.maximum[0] = state.maximum[1] = kMinusInfinity;
+  state.sum[0] = state.sum[1] = 0.0f;
+  const Pass pass(p, work, shared);
+  if (begin < end) pass.run(begin, end, state);
+  pass.store(state, parts);
+}
+
+// Grid: splits, kv heads, batch. kRotate: page keys, by p.cos and p.sin.
+template <class Query, class Element, int D, bool kRotate>
+__global__ void __launch_bounds__(kAttentionThreads)
+    memory_attention_decode(const MemoryAttentionParams p) {
+  LYCHEE_SHARED(shared);
+  Work work;
+  if (!find_work(p, work)) return;
+  const BlockParts parts = block_parts(shared, kAttentionThreads / 32, D);
+  if (work.page_begin < work.page_end) {
+    run_decode_pass<DecodePass<Query, Element, D, kRotate, PageSource>, D>(
+        p, work, work.page_begin, work.page_end, shared, parts);
+  } else {
+    run_decode_pass<DecodePass<Query, Query, D, false, SegmentSource>, D>(
+        p, work, work.segment_begin, work.segment_end, shared, parts);
+  }
+  __syncthreads();
+  finish_rows(p, work, parts);
+}
+
+}  // namespace lychee::cuda

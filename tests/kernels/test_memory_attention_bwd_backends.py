@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gradients of memory_attention where a GPU's forward is followed by the backward in matrix
+products."""
+
+import dataclasses
+
+import pytest
+import torch
+from attention_cases import BY_NAME, gradients, make_inputs, op_arguments, to_double
+from test_memory_attention_backends import plain_attention
+
+from lychee_kernels import memory_attention_bwd as backward_module
+from lychee_kernels import ref
+from lychee_kernels.testing import compare
+
+CASES = {
+    "primes": torch.float32,
+    "pages": torch.float32,
+    "prefix": torch.bfloat16,
+    "int8": torch.float32,
+    "float8": torch.bfloat16,
+}
+
+
+@pytest.fixture
+def differentiable(backend):
+    """A backend that uses the backward in matrix products."""
+    if backend.name not in ("emulated", "cuda"):
+        pytest.skip("has a backward of its own")
+    return backend
+
+
+@pytest.fixture(scope="module", autouse=True)
+def emulated_backward():
+    """The emulator has no kernel for the backward: on a GPU it is this function too."""
+    import emulated
+    import host_compiler
+
+    if host_compiler.reason_without() is None:
+        emulated.module().definitions.impl(
+            "memory_attention_bwd", backward_module.memory_attention_bwd, "CPU"
+        )
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("max_scores", [1 << 25, 1 << 10])
+def test_gradients_match_reference(differentiable, monkeypatch, name, max_scores):
+    # few scores at once: several blocks of queries
+    monkeypatch.setattr(backward_module, "MAX_SCORES", max_scores)
+    dtype = CASES[name]
+    q, k, v, options = make_inputs(dataclasses.replace(BY_NAME[name], queries=9), dtype)
+    grad = torch.randn(q.shape)
+    with differentiable.active():
+        actual = gradients(differentiable.memory_attention, q, k, v, options, grad)
+    exact = gradients(ref.memory_attention, *to_double(q, k, v, options), grad)
+
+    def plain(q, k, v, **options):
+        out, lse = plain_attention(q, k, v, options)
+        return out, lse.detach()
+
+    function = ref.memory_attention if dtype == torch.float32 else plain
+    for result in zip(actual, exact, gradients(function, q, k, v, options, grad), strict=True):
+        compare(*result)
+
+
+def test_queries_without_keys_have_zero_gradients(differentiable):
+    q, k, v, options = make_inputs(dataclasses.replace(BY_NAME["pages"], queries=3, keys=2))
+    options["num_pages"][0] = 0
+    with differentiable.active():
+        dq, *others = gradients(
+            differentiable.memory_attention, q, k, v, options, torch.ones(()).expand(q.shape)
+        )
+    assert (dq[0, :, 0] == 0).all() and dq[1].abs().sum() > 0
+    assert all(x.isfinite().all() for x in (dq, *others))
+
+
+def test_backward_names_the_wrong_argument():
+    q, k, v, options = make_inputs(BY_NAME["int8"])
+    arguments = op_arguments(q, k, v, options)
+    out, lse = torch.ops.lychee.memory_attention(*arguments)
+    wrong = {
+        "dout: expected shape [2, 4, 5, 72], got [2, 4, 4, 72]": (out[:, :, 1:], out, lse, False),
+        "out: expected dtype float32, got bfloat16": (out, out.bfloat16(), lse, False),
+        "lse: expected shape [2, 4, 5], got [2, 4, 4]": (out, out, lse[..., 1:], False),
+        "kv: expected a float bank, got a quantised one": (out, out, lse, True),
+    }
+    for message, (dout, output, sums, bank_wanted) in wrong.items():
+        with pytest.raises(RuntimeError) as caught:
+            backward_module.memory_attention_bwd(
+                dout, *arguments[:3], output, sums, *arguments[3:], bank_wanted
+            )
+        assert f"memory_attention_bwd: {message}" in str(caught.value)
