@@ -42,6 +42,7 @@ CASES = [
     Case("prefix", queries=70, keys=70, heads=8, dim=64, pages=4, rope_mode="affine"),
     Case("long_page", queries=9, dim=256, pages=2, page_tokens=150, rope_mode="affine"),
     Case("int8", pages=4, bank_dtype=torch.int8, rope_mode="affine", dim=72),
+    Case("long_int8", dim=32, pages=2, page_tokens=150, bank_dtype=torch.int8, rope_mode="affine"),
     Case("float8", pages=4, bank_dtype=torch.float8_e4m3fn, queries=33, query_stride=3, keys=90),
 ]
 BY_NAME = {case.name: case for case in CASES}

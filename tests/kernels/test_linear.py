@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from error_cases import check_message
 
 import lychee_kernels
 from lychee_kernels import linear_, ref
@@ -119,9 +120,7 @@ ERRORS = {
 
 @pytest.mark.parametrize("message", ERRORS)
 def test_errors(message):
-    with pytest.raises(RuntimeError) as caught:
-        linear_(**arguments() | ERRORS[message])
-    assert f"linear_: {message}" in str(caught.value)
+    check_message(message, linear_, **arguments() | ERRORS[message])
 
 
 @pytest.mark.skipif(

@@ -55,6 +55,16 @@ def test_memory_attention_reads_strided_inputs():
     assert torch.equal(actual[1], expected[1])
 
 
+@pytest.mark.parametrize("name", ["decode", "prefix"])
+def test_memory_attention_matches_reference_at_another_scale(name):
+    q, k, v, options = make_inputs(BY_NAME[name])
+    check_forward(q, k, v, options | {"softmax_scale": 0.03})
+    assert not torch.equal(
+        memory_attention(q, k, v, **options)[0],
+        memory_attention(q, k, v, **options, softmax_scale=0.03)[0],
+    )
+
+
 def test_memory_attention_output_is_token_major():
     q, k, v, options = make_inputs(BY_NAME["causal"])
     out, lse = memory_attention(q, k, v, **options)

@@ -29,6 +29,11 @@ def test_gradients_match_reference(case):
     check_gradients(q, k, v, options, torch.randn_like(q))
 
 
+def test_gradients_match_reference_at_another_scale():
+    q, k, v, options = make_inputs(BY_NAME["prefix"])
+    check_gradients(q, k, v, options | {"softmax_scale": 0.03}, torch.randn_like(q))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["primes", "prefix"])
 def test_gradients_match_reference_in_16_bits(name, dtype):

@@ -17,7 +17,16 @@ CASES = [
     Case("g5_unrotated", heads=5, kv_heads=1, dim=64, pages=4, rope_mode="none", keys=1),
     Case("g7_int8", heads=28, kv_heads=4, dim=128, pages=9, bank_dtype=torch.int8, keys=2),
     Case("g7_bfloat16", heads=7, kv_heads=1, dim=128, pages=5, bank_dtype=torch.bfloat16),
-    Case("g8_long_page", heads=8, kv_heads=1, dim=64, pages=2, page_tokens=150, keys=65),
+    Case(
+        "g8_long_page",
+        heads=8,
+        kv_heads=1,
+        dim=64,
+        pages=2,
+        page_tokens=150,
+        keys=65,
+        bank_dtype=torch.int8,
+    ),
     Case("g7_odd_dim", heads=7, kv_heads=1, dim=40, pages=3, bank_dtype=torch.int8),
     Case("g9", heads=9, kv_heads=1, dim=64, pages=3),
 ]

@@ -109,11 +109,15 @@ def test_select_chunks_matches_reference(dtype, max_chunks):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_select_chunks_rounds_the_threshold_as_pytorch_does(dtype):
-    # 0.3 is no number of any of these types: the score nearest to it passes, the one below not
-    nearest = torch.tensor(0.3, dtype=dtype)
-    scores = torch.stack((nearest, torch.nextafter(nearest, torch.zeros_like(nearest))))[None]
-    result = check_against_reference(scores, 0.3, 2, *chunks_of(2, 1, 4), 4)
-    assert result.chunks.tolist() == [[0, -1]]
+    # no number of any of these types, which round one of them up and another down: the score
+    # nearest to the threshold passes, the one below not
+    thresholds = torch.tensor([0.1, 0.3, 0.7], dtype=torch.float64)
+    assert {True, False} == set((thresholds.to(dtype) > thresholds).tolist())
+    for threshold in thresholds.tolist():
+        nearest = torch.tensor(threshold, dtype=dtype)
+        scores = torch.stack((nearest, torch.nextafter(nearest, torch.zeros_like(nearest))))[None]
+        result = check_against_reference(scores, threshold, 2, *chunks_of(2, 1, 4), 4)
+        assert result.chunks.tolist() == [[0, -1]]
 
 
 @pytest.mark.parametrize("threshold", [NAN, torch.inf, 1e300, 0.0, -1e300, -torch.inf])
