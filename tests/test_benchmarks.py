@@ -17,6 +17,7 @@ from registry import REGISTRY  # noqa: E402
 SMALL = {
     "compress_pack": {"rows": 320, "batch": 2},
     "gated_mlp": {"rows": 9, "hidden": 16, "intermediate": 24},
+    "linear": {"rows": 9, "hidden": 16, "outputs": 24},
     "select_chunks": {"chunks": 30, "budget": 4},
     "gather_chunks": {"tokens": 128, "layers": 3},
     "memory_attention": {"memory": 192, "queries": 131},
@@ -53,7 +54,7 @@ def accepted(*arguments):
 
 
 @pytest.mark.parametrize("cold", [False, True], ids=["warm", "cold"])
-@pytest.mark.parametrize("op", SMALL)
+@pytest.mark.parametrize("op", [entry.op for entry in REGISTRY])
 def test_small_cases_pass_and_one_wrong_element_does_not(op, cold, monkeypatch):
     wanted, ours, theirs = run(op, monkeypatch, cold=cold)
     for name, results in theirs.items():

@@ -11,7 +11,8 @@ from lychee_kernels.testing import compare
 
 # rows, hidden, inner: one of each, primes, the item size and its neighbours, a model's own.
 SHAPES = [(1, 1, 1), (7, 13, 5), (119, 40, 67), (121, 64, 128), (240, 96, 200), (500, 512, 1408)]
-EPS = 1e-6
+# Large enough that leaving it out shows.
+EPS = 1e-2
 
 
 def make_weights(hidden, inner, dtype=torch.float32):
