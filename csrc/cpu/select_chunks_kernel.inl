@@ -8,8 +8,8 @@
 
 #include <algorithm>
 
-#include "select_chunks_params.h"
 #include "cpu/vec_generic.h"
+#include "select_chunks_params.h"
 
 namespace lychee {
 namespace {
