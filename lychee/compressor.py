@@ -104,6 +104,9 @@ class Compressor:
                 memory_row.expand(window.batch * window.memory, -1),
             )
         )
+        widths = ((letter, backbone.layers[0].self_attn.width(letter)) for letter in "qkv")
+        # Every layer's projections in the same memory: fresh memory costs page faults.
+        buffers = {letter: x.new_empty(len(x), width) for letter, width in widths}
         last = len(backbone.layers) - 1
         for index, layer in enumerate(backbone.layers):
             if index == last:
@@ -112,7 +115,7 @@ class Compressor:
                 sink.write(index, k, v, window)
                 return
             memory_queries_only = index == last - 1
-            q, k, v = self._project(layer, x, raw_rows, memory_queries_only)
+            q, k, v = self._project(layer, x, raw_rows, memory_queries_only, buffers)
             q, k, v = sink.pack(index, q, k, v, window)
             out, _ = lk.memory_attention(
                 q,
@@ -126,8 +129,18 @@ class Compressor:
                 x = x[raw_rows:]
             x = self._close_layer(layer, x, out, window)
 
-    def _project(self, layer: Layer, x: Tensor, raw_rows: int, memory_queries_only: bool):
-        """q, k, v [rows, H, D] in segment order; each row goes through one projection."""
+    def _project(
+        self,
+        layer: Layer,
+        x: Tensor,
+        raw_rows: int,
+        memory_queries_only: bool,
+        buffers: dict[str, Tensor],
+    ) -> list[Tensor]:
+        """q, k, v [rows, H, D] in segment order; each row goes through one projection.
+
+        `buffers`: [rows, H * D] per letter, which hold the results where gradients are off.
+        """
         attention, norm = layer.self_attn, layer.input_layernorm
         recorded = torch.is_grad_enabled()
         hidden = norm(x) if recorded else x
@@ -138,7 +151,7 @@ class Compressor:
             if recorded:
                 rows = torch.cat([attention.linear(letter, own)(h) for h, own in segments])
             else:
-                rows = x.new_empty(sum(len(h) for h, _ in segments), attention.width(letter))
+                rows = buffers[letter][-sum(len(h) for h, _ in segments) :]
                 start = 0
                 for h, own in segments:
                     target = rows[start : start + len(h)]
