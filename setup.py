@@ -80,7 +80,7 @@ def find_nvcc():
 
 
 def write_ninja_file(nvcc, sources):
-    """Describes the CUDA library; ninja compiles again what a changed source or command concerns."""
+    """Describes the CUDA library; ninja compiles again what a change of source or command needs."""
     from torch.utils.cpp_extension import include_paths, library_paths
 
     def join(arguments):
