@@ -6,6 +6,7 @@ also beside a torch without CUDA. MAX_JOBS limits the compilers that run at once
 """
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -79,15 +80,18 @@ def find_nvcc():
 
 
 def write_ninja_file(nvcc, sources):
-    """Describes the CUDA library; written only when it changes, as ninja looks at its commands."""
+    """Describes the CUDA library; ninja compiles again what a change of source or command needs."""
     from torch.utils.cpp_extension import include_paths, library_paths
 
     def join(arguments):
         return shlex.join(map(str, arguments)).replace("$", "$$")
 
+    def escape(path):
+        return re.sub(r"([$ :])", r"$\1", str(path))
+
     objects = [f"{Path(source).stem}.o" for source in sources]
     lines = [
-        f"build {target}: compile {ROOT / source}"
+        f"build {target}: compile {escape(ROOT / source)}"
         for target, source in zip(objects, sources, strict=True)
     ]
     libraries = [f"-L{path}" for path in library_paths()]

@@ -8,6 +8,16 @@
 #include <cstdint>
 #include <new>
 
+// clang says in another way what it was asked to watch.
+#if defined(__has_feature)
+#if __has_feature(address_sanitizer) && !defined(__SANITIZE_ADDRESS__)
+#define __SANITIZE_ADDRESS__ 1
+#endif
+#if __has_feature(thread_sanitizer) && !defined(__SANITIZE_THREAD__)
+#define __SANITIZE_THREAD__ 1
+#endif
+#endif
+
 #if defined(__SANITIZE_THREAD__)
 extern "C" {
 void* __tsan_get_current_fiber();

@@ -90,20 +90,6 @@ def opcode(instruction):
     return re.sub(r"^@!?U?P\w+\s+", "", instruction).split()[0]
 
 
-def hot_loop(code):
-    """Instructions of the smallest loop that holds the most tensor-core products."""
-    best, most = [], 0
-    for address, instruction in code:
-        target = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", instruction)
-        if target is None or int(target[1], 16) >= address:
-            continue
-        body = [text for at, text in code if int(target[1], 16) <= at <= address]
-        products = sum(opcode(text).startswith("HMMA") for text in body)
-        if products > most or (products == most and products and len(body) < len(best)):
-            best, most = body, products
-    return best
-
-
 def ptx_files(library=CUDA_LIBRARY):
     """Names of the PTX texts that the library carries for GPUs newer than its machine code."""
     command = [cuobjdump(), "--list-ptx", library]

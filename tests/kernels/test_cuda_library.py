@@ -1,10 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CUDA library beside a torch without CUDA: it loads, registers, and refuses in clear words."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from lychee_kernels import _loader
+
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 CPU_ONLY = {"cpu_isa", "gated_mlp_", "linear_"}
@@ -63,3 +70,12 @@ def test_a_broken_cuda_library_names_the_build_command(monkeypatch, tmp_path):
     monkeypatch.setattr(_loader, "CUDA_LIBRARY", library)
     with pytest.raises(ImportError, match="rebuild it with: pip install"):
         _loader.load_library()
+
+
+def test_the_build_refuses_an_unknown_choice():
+    result = subprocess.run(
+        [sys.executable, "setup.py", "--name"], cwd=ROOT, env=os.environ | {"LYCHEE_CUDA": "2"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode != 0
+    assert "setup.py: LYCHEE_CUDA: expected 0 or 1, got 2" in result.stderr
