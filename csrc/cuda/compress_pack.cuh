@@ -81,12 +81,14 @@ LYCHEE_DEVICE BankPlace find_place(const SlotTable& slots, int64_t memory, int64
 }
 
 // What one group of lanes handles in a step: a head of a row. `part` is -1 for queries, 0 for keys,
-// 1 for values; `in` is null where there is nothing to do.
+// 1 for values. Where there is nothing to do the pointers still point to global memory: a null
+// among them would turn every access into a generic one.
 template <class T>
 struct HeadOfRow {
-  const T* in = nullptr;
-  T* out = nullptr;
-  int head = 0, part = -1;
+  const T* in;
+  T* out;
+  int head, part;
+  bool works;  // else there is nothing to do
 };
 
 // Stores the elements (x1, x2) of the row's head, scaled as the bank wants it; all lanes of the
@@ -96,7 +98,7 @@ LYCHEE_DEVICE void store_in_bank(const CompressPackParams& p, const BankPlace& p
                                  const HeadOfRow<T>& unit, int64_t d, const float (&x1)[kWidth],
                                  const float (&x2)[kWidth]) {
   const BankWriter& bank = p.rows.bank;
-  const bool wanted = unit.in != nullptr && unit.part >= 0;
+  const bool wanted = unit.works && unit.part >= 0;
   constexpr float kSmallestAmax = 1e-30f;  // a row below it is stored as zeros with scale 0
   float factor = 1.0f;
   if constexpr (sizeof(Stored) == 1) {
@@ -149,13 +151,15 @@ LYCHEE_DEVICE HeadOfRow<T> find_head(const CompressPackParams& p, const RowPlace
   const int64_t n = rows.order.window + rows.order.memory, m = rows.order.memory;
   const int num_heads = static_cast<int>(rows.num_heads);
   const int num_kv_heads = static_cast<int>(rows.num_kv_heads);
-  HeadOfRow<T> unit;
+  HeadOfRow<T> unit{static_cast<const T*>(rows.q), static_cast<T*>(rows.q_rot), 0, -1, false};
+  if (d >= rows.head_dim / 2) return unit;
   if (head < num_heads) {
     int64_t source = place.segment, target = place.index, queries = n;
     if (rows.memory_queries_only) {
       if (place.memory < 0) return unit;
       source = place.batch * m + place.memory, target = place.memory, queries = m;
     }
+    unit.works = true;
     unit.in =
         static_cast<const T*>(rows.q) + source * rows.q_row_stride + head * rows.q_head_stride + d;
     unit.out = static_cast<T*>(rows.q_rot) +
@@ -167,6 +171,7 @@ LYCHEE_DEVICE HeadOfRow<T> find_head(const CompressPackParams& p, const RowPlace
   if (unit.part) unit.head -= num_kv_heads;
   if (unit.head >= num_kv_heads) return unit;
   const bool is_key = unit.part == 0;
+  unit.works = true;
   unit.in = static_cast<const T*>(is_key ? rows.k : rows.v) +
             place.segment * (is_key ? rows.k_row_stride : rows.v_row_stride) +
             unit.head * (is_key ? rows.k_head_stride : rows.v_head_stride) + d;
@@ -214,28 +219,30 @@ __global__ void __launch_bounds__(kPackThreads, 5)
     Run<T, kWidth> low[kPackUnroll], high[kPackUnroll];
 #pragma unroll
     for (int u = 0; u < kPackUnroll; ++u) {
-      if (d < half) units[u] = find_head<T>(p, place, head + u * groups + group, d);
-      if (units[u].in == nullptr) continue;
-      low[u] = load_run<kFast, kWidth>(units[u].in);
-      high[u] = load_run<kFast, kWidth>(units[u].in + half);
+      units[u] = find_head<T>(p, place, head + u * groups + group, d);
+      if (!units[u].works) continue;
+      const T* in = in_global_memory(units[u].in);
+      low[u] = load_run<kFast, kWidth>(in);
+      high[u] = load_run<kFast, kWidth>(in + half);
     }
 #pragma unroll
     for (int u = 0; u < kPackUnroll; ++u) {
       float x1[kWidth] = {}, x2[kWidth] = {};
-      if (units[u].in != nullptr) {
+      if (units[u].works) {
         to_float(low[u], x1);
         to_float(high[u], x2);
       }
       // the same for all lanes: they share the row
       if (bank.page >= 0) write_to_bank<kFast>(p, bank, units[u], d, x1, x2);
-      if (units[u].in == nullptr) continue;
+      if (!units[u].works) continue;
       if (place.memory >= 0) keep_memory<kFast>(p.rows, place, units[u], d, low[u], high[u]);
       if (units[u].part != 1) {
         rotate(angles, x1, x2);
         low[u] = from_float<T>(x1), high[u] = from_float<T>(x2);
       }
-      store_run<kFast>(units[u].out, low[u]);
-      store_run<kFast>(units[u].out + half, high[u]);
+      T* out = in_global_memory(units[u].out);
+      store_run<kFast>(out, low[u]);
+      store_run<kFast>(out + half, high[u]);
     }
   }
 }
@@ -254,12 +261,13 @@ __global__ void __launch_bounds__(kPackThreads) write_memory_kernel(const Compre
   const int64_t d = lane % p.plan.lanes * kWidth;
   const int first = static_cast<int>(blockIdx.y) * p.plan.steps * groups;
   for (int step = 0; step < p.plan.steps; ++step) {
-    HeadOfRow<T> unit;
+    HeadOfRow<T> unit{static_cast<const T*>(p.rows.k), nullptr, 0, 0, false};
     unit.head = first + step * groups + lane / p.plan.lanes;
     unit.part = unit.head >= p.rows.num_kv_heads;
-    if (unit.part) unit.head -= p.rows.num_kv_heads;
+    if (unit.part) unit.head -= static_cast<int>(p.rows.num_kv_heads);
     float x1[kWidth] = {}, x2[kWidth] = {};
     if (d < half && unit.head < p.rows.num_kv_heads) {
+      unit.works = true;
       unit.in = unit.part ? static_cast<const T*>(p.rows.v) + row * p.rows.v_row_stride +
                                 unit.head * p.rows.v_head_stride + d
                           : static_cast<const T*>(p.rows.k) + row * p.rows.k_row_stride +

@@ -23,6 +23,14 @@ LYCHEE_DEVICE uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
 
+// The same pointer, known to lie in global memory: one chosen among several parameters is else
+// taken for a generic one, with slower accesses.
+template <class T>
+LYCHEE_DEVICE T* in_global_memory(T* pointer) {
+  __builtin_assume(__isGlobal(pointer));
+  return pointer;
+}
+
 // d += a * b for one 16 x 16 by 16 x 8 tile, fragments as in the PTX manual (m16n8k16).
 LYCHEE_DEVICE void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   asm volatile(
@@ -154,6 +162,11 @@ LYCHEE_DEVICE float as_float(uint32_t bits) { return emulator::as_float(bits); }
 LYCHEE_DEVICE uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(static_cast<const unsigned char*>(shared) -
                                emulator::shared_memory());
+}
+
+template <class T>
+LYCHEE_DEVICE T* in_global_memory(T* pointer) {
+  return pointer;
 }
 
 LYCHEE_DEVICE void mma_bf16(float (&d)[4], const uint32_t (&a)[4],
