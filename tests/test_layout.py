@@ -112,7 +112,15 @@ def test_kernel_files_are_free_of_torch():
 def test_only_the_stable_abi_is_used():
     """One classic include would tie the binary to one torch version."""
     classic = re.compile(r"#include\s+<(torch/extension\.h|ATen/|c10/|pybind11/)")
-    assert [name_of(path) for path in CPP if classic.search(path.read_text())] == []
+    product = [path for path in CPP if path.is_relative_to(ROOT / "csrc")]
+    assert [name_of(path) for path in product if classic.search(path.read_text())] == []
+
+
+def test_one_file_holds_all_ptx():
+    """Device code runs in the emulator only where each primitive has a body for it too."""
+    ptx = re.compile(r"\basm\b|<cuda_runtime")
+    device = [path for path in CPP if path.is_relative_to(ROOT / "csrc/cuda")]
+    assert {name_of(p) for p in device if ptx.search(p.read_text())} == {"csrc/cuda/device.cuh"}
 
 
 def test_every_op_has_its_places():
@@ -120,6 +128,7 @@ def test_every_op_has_its_places():
     compiled = schema_ops()
     assert compiled
     assert stems("csrc/cpu", "*.cpp") >= compiled
+    assert stems("csrc/cuda", "*.cu") >= compiled - CPU_ONLY
     assert stems("lychee_kernels/ops") == compiled
     assert stems("lychee_kernels/ref") == compiled
     triton = {stem for stem in stems("lychee_kernels/triton") if not stem.startswith("_")}

@@ -39,7 +39,10 @@ def call(schema, *args):
             "kernels, got none; install it with: pip install triton"
         )
     module = import_module(f".{SCHEMAS[schema]}", __name__)
-    return getattr(module, schema)(*args)
+    first = next(argument for argument in args if isinstance(argument, torch.Tensor))
+    # kernels are launched on the current device
+    with torch.cuda.device_of(first):
+        return getattr(module, schema)(*args)
 
 
 def register(key, schemas=tuple(SCHEMAS)):

@@ -87,7 +87,7 @@ def _write_kernel(
     """One memory row, all heads, its key or its value, into its slot."""
     j, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     part = tl.program_id(2).to(tl.int64)
-    written, before = True, j
+    written, before = j >= 0, j
     if mem_valid is not None:
         flags = mem_valid + batch * num_memory
         written = tl.load(flags + j) != 0

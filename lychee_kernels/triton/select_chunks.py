@@ -111,7 +111,7 @@ def select_chunks(scores, threshold, max_chunks, chunk_pages, chunk_tokens, page
         return selection
     pages = chunk_pages.expand(batch, num_chunks, pages_per_chunk)
     tokens = chunk_tokens.expand(batch, num_chunks)
-    rounded = torch.tensor(threshold, dtype=torch.float64).to(scores.dtype).item()
+    rounded = torch.tensor(threshold, dtype=torch.float64, device="cpu").to(scores.dtype).item()
     chunks = selection[5]
     page_table, page_len, page_base, num_pages, num_tokens, _, num_selected = selection
     _select_kernel[(batch,)](

@@ -62,14 +62,19 @@ def type_of(value):
 
 
 def build(kernel, args, kwargs, capability):
-    """Compiles one launch; sizes of 16-byte multiples are not promised, as for odd shapes."""
+    """Compiles one launch; ones are constants, as Triton makes them, but no sizes are promised to
+    be multiples of 16, as for odd shapes."""
     options = {name: kwargs.pop(name) for name in ("num_warps",) if name in kwargs}
     named = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
-    constants = {name: named[name] for name in named if name in kwargs or named[name] is None}
+    ones = {
+        p.name
+        for p in kernel.params
+        if not p.do_not_specialize and type(named[p.name]) is int and named[p.name] == 1
+    }
+    constants = {n: v for n, v in named.items() if n in kwargs or n in ones or v is None}
     types = {n: "constexpr" if n in constants else type_of(named[n]) for n in kernel.arg_names}
-    source = ASTSource(
-        kernel, types, {(kernel.arg_names.index(n),): v for n, v in constants.items()}
-    )
+    constexprs = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, types, constexprs)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
@@ -101,12 +106,45 @@ def attention(dtype, bank_dtype, queries, dim=128):
     return (q, k, k, *bank(bank_dtype, dim=dim), 1, *table(), None, *tables, 1, 1, 0.1)
 
 
+def attention_of_ones():
+    """Every size and most strides are 1."""
+    q = torch.zeros(1, 1, 1, 8)
+    one = torch.ones(1, 1, dtype=torch.int32)
+    kv = torch.zeros(1, 1, 1, 2, 1, 8)
+    return q, q, q, kv, None, 0, one, one, one, one[0], None, *torch.zeros(2, 1, 4), 1, 1, 0.1
+
+
+def packed_ones():
+    rows, tables = torch.zeros(2, 1, 8), torch.zeros(2, 2, 4)
+    where = torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    bank = torch.zeros(1, 1, 1, 2, 1, 8), None
+    return (rows, rows, rows, *tables, *bank, *where, 1, 1, 0, None, None, 0)
+
+
+def segment_alone():
+    q, k = torch.zeros(2, 6, 5, 64).half(), torch.zeros(2, 2, 9, 64).half()
+    valid = torch.ones(2, 9, dtype=torch.bool)
+    return (q, k, k, None, None, 0, *[None] * 4, valid, None, None, 0, 1, 0.1)
+
+
+def gradients():
+    positions = torch.zeros(2, 10, dtype=torch.int64)
+    grad, mem_grad = torch.zeros(2, 3, 10, 40), torch.zeros(2, 3, 2, 40)
+    return grad, mem_grad, *torch.zeros(2, 50, 20), 2, 4, positions, 0, False
+
+
 def packed(dtype, bank_dtype):
     q, k = torch.zeros(20, 28, 128, dtype=dtype), torch.zeros(20, 4, 128, dtype=dtype)
     tables = torch.zeros(2, 500, 64)
     where = table()[0], torch.zeros(2, dtype=torch.int32)
     valid = torch.ones(2, 2, dtype=torch.bool)
     return (q, k, k, *tables, *bank(bank_dtype), *where, 2, 4, 0, valid, None, 0)
+
+
+def written(dtype, bank_dtype):
+    k = torch.zeros(4, 4, 128, dtype=dtype)
+    where = table()[0], torch.zeros(2, dtype=torch.int32)
+    return k, k, *bank(bank_dtype), *where, 2, 0, None
 
 
 def selection():
@@ -120,8 +158,12 @@ CALLS = {
     "prefill in float32, 256 dimensions": lambda: (
         "memory_attention", "memory_attention", *attention(torch.float32, torch.float32, 99, 256),
     ),
+    "ones": lambda: ("memory_attention", "memory_attention", *attention_of_ones()),
+    "segment alone": lambda: ("memory_attention", "memory_attention", *segment_alone()),
+    "pack backward": lambda: ("compress_pack", "compress_pack_bwd", *gradients()),
+    "pack of ones": lambda: ("compress_pack", "compress_pack_", *packed_ones()),
     "pack": lambda: ("compress_pack", "compress_pack_", *packed(BF16, INT8)),
-    "pack into float8": lambda: ("compress_pack", "compress_pack_", *packed(torch.float16, E4M3)),
+    "write in float8": lambda: ("compress_pack", "write_memory_", *written(torch.float16, E4M3)),
     "gather": lambda: (
         "gather_chunks", "gather_chunks", *bank(E4M3), *table(), *torch.zeros(2, 500, 64), 0, 2, 1,
         BF16,
