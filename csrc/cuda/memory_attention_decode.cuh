@@ -7,8 +7,6 @@
 // score, that of a value its weight.
 #pragma once
 
-#include <type_traits>
-
 #include "cuda/memory_attention_merge.cuh"
 #include "cuda/memory_attention_turn.cuh"
 
@@ -29,8 +27,7 @@ struct DecodeLayout {
   static constexpr int kTurnBytes = kRotate ? D * 4 : 0;
   static constexpr int kScales = kTurn + kStages * kTurnBytes;
   static constexpr int kScaleBytes = kQuantised ? 2 * kTileKeys * 4 : 0;
-  static constexpr int kKeep = kScales + kStages * kScaleBytes;
-  static constexpr int kBytes = kKeep + kStages * 8;
+  static constexpr int kBytes = kScales + kStages * kScaleBytes;
 };
 
 // Shared memory of a block: for reading pages, the segment, and for the end.
@@ -122,10 +119,6 @@ struct DecodePass {
     if constexpr (kRotate) {
       copy_turn<D>(shared + Layout::kTurn + stage * Layout::kTurnBytes, p, tile.position);
     }
-    if (threadIdx.x == 0) {
-      *reinterpret_cast<uint2*>(shared + Layout::kKeep + stage * 8) =
-          uint2{tile.keep[0], tile.keep[1]};
-    }
   }
 
   // Queries of k-steps `step` and `step + kSteps`, turned back by the tile's position.
@@ -148,14 +141,6 @@ struct DecodePass {
     }
   }
 
-  LYCHEE_DEVICE static void unpack(uint32_t packed, uint32_t& low, uint32_t& high) {
-    if constexpr (std::is_same_v<Element, int8_t>) {
-      int8x4_to_f16x2(packed, low, high);
-    } else {
-      e4m3x4_to_f16x2(packed, low, high);
-    }
-  }
-
   // Keys of both k-steps for the warp's two groups of eight keys.
   LYCHEE_DEVICE void load_keys(const unsigned char* keys, int step, uint32_t (&low)[2][2],
                                uint32_t (&high)[2][2]) const {
@@ -167,8 +152,8 @@ struct DecodePass {
       load_matrix(raw, keys + swizzled<Layout::kRowBytes>(row, chunk));
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
-        unpack(raw[n], low[n][0], low[n][1]);
-        unpack(raw[n + 2], high[n][0], high[n][1]);
+        unpack_f16<Element>(raw[n], low[n][0], low[n][1]);
+        unpack_f16<Element>(raw[n + 2], high[n][0], high[n][1]);
       }
     } else {
       const int row = warp * 16 + (matrix >> 1) * 8 + (lane & 7);
@@ -285,8 +270,8 @@ struct DecodePass {
       for (int n = 0; n < 2; ++n) {
         if constexpr (kQuantised) {
           uint32_t even[2], odd[2];
-          unpack(permute_bytes(raw[n * 2], 0, 0x3120), even[0], odd[0]);
-          unpack(permute_bytes(raw[n * 2 + 1], 0, 0x3120), even[1], odd[1]);
+          unpack_f16<Element>(permute_bytes(raw[n * 2], 0, 0x3120), even[0], odd[0]);
+          unpack_f16<Element>(permute_bytes(raw[n * 2 + 1], 0, 0x3120), even[1], odd[1]);
           Pair<Compute>::multiply(state.out[j * 4 + n * 2], weights, even);
           Pair<Compute>::multiply(state.out[j * 4 + n * 2 + 1], weights, odd);
         } else {
@@ -297,11 +282,8 @@ struct DecodePass {
     }
   }
 
-  // The warp's part of one tile in shared memory.
-  LYCHEE_DEVICE void attend(int stage, int first_key, DecodeState<D>& state) const {
-    const uint32_t* const words =
-        reinterpret_cast<const uint32_t*>(shared + Layout::kKeep + stage * 8);
-    const uint32_t keep = words[warp >> 1] >> (warp & 1) * 16 & 0xffffu;
+  // The warp's part of one tile in shared memory. `keep`: one bit per key of the warp.
+  LYCHEE_DEVICE void attend(int stage, int first_key, uint32_t keep, DecodeState<D>& state) const {
     if (keep == 0) return;
     float scores[2][4] = {};
     compute_scores(stage, scores);
@@ -310,24 +292,39 @@ struct DecodePass {
     add_values(stage, weights, state);
   }
 
+  // Bits of the warp's 16 keys in a tile that is copied now and attended to `ahead` tiles later.
+  LYCHEE_DEVICE uint64_t kept(const Tile& tile, int ahead) const {
+    const uint32_t word = warp < 2 ? tile.keep[0] : tile.keep[1];
+    return static_cast<uint64_t>(word >> (warp & 1) * 16 & 0xffffu) << ahead * 16;
+  }
+
   LYCHEE_DEVICE void run(int begin, int end, DecodeState<D>& state) const {
     constexpr int kAhead = Layout::kStages - 1;
     Tile next = source.tile(begin);
+    uint64_t keep = 0;  // kept(), of every tile under way
+#pragma unroll
     for (int i = 0; i < kAhead; ++i) {
-      if (begin + i < end) start_copies(next, i);
+      if (begin + i < end) {
+        start_copies(next, i);
+        keep |= kept(next, i);
+      }
       copy_commit();
       if (begin + i + 1 < end) next = source.tile(begin + i + 1);
     }
     if constexpr (kRotate) fill_turns<D, kQuantised>(p, shared + Layout::kTable);
     int stage = 0, free_stage = kAhead;
     for (int index = begin; index < end; ++index) {
-      if (index + kAhead < end) start_copies(next, free_stage);
+      if (index + kAhead < end) {
+        start_copies(next, free_stage);
+        keep |= kept(next, kAhead);
+      }
       copy_commit();
       // looked up one tile early: its copies need not wait for the tables
       if (index + kAhead + 1 < end) next = source.tile(index + kAhead + 1);
       copy_wait<kAhead>();
       __syncthreads();
-      attend(stage, index * kTileKeys, state);
+      attend(stage, index * kTileKeys, static_cast<uint32_t>(keep) & 0xffffu, state);
+      keep >>= 16;
       __syncthreads();
       stage = stage + 1 == Layout::kStages ? 0 : stage + 1;
       free_stage = free_stage + 1 == Layout::kStages ? 0 : free_stage + 1;
@@ -348,14 +345,17 @@ struct DecodePass {
         parts.maximum[at] = state.maximum[r];
         parts.sum[at] = sum;
       }
+      float* const out = parts.out + at * parts.stride;
 #pragma unroll
-      for (int j = 0; j < D / 8; ++j) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int column = member * 2 + e;
-          const int d = kQuantised ? j / 2 * 16 + column * 2 + j % 2 : j * 8 + column;
-          const float x = state.out[j][r * 2 + e];
-          parts.out[at * D + d] = kQuantised ? x * (1.0f / kValueBoost) : x;
+      for (int j = 0; j < D / 8; j += 2) {
+        const float *even = state.out[j] + r * 2, *odd = state.out[j + 1] + r * 2;
+        if constexpr (kQuantised) {
+          constexpr float kFactor = 1.0f / kValueBoost;
+          *reinterpret_cast<float4*>(out + j * 8 + member * 4) =
+              float4{even[0] * kFactor, odd[0] * kFactor, even[1] * kFactor, odd[1] * kFactor};
+        } else {
+          *reinterpret_cast<float2*>(out + j * 8 + member * 2) = float2{even[0], even[1]};
+          *reinterpret_cast<float2*>(out + j * 8 + 8 + member * 2) = float2{odd[0], odd[1]};
         }
       }
     }

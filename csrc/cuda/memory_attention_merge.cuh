@@ -7,25 +7,29 @@
 
 namespace lychee::cuda {
 
-// Parts of a block's result in shared memory: outputs [parts, kDecodeRows, dim], then maxima (base
-// 2) and sums [parts, kDecodeRows] each. `result` is kDecodeRows floats of working space.
+// Parts of a block's result in shared memory: outputs [parts, kDecodeRows, stride], then maxima
+// (base 2) and sums [parts, kDecodeRows] each, and a word for all threads.
 struct BlockParts {
-  float *out, *maximum, *sum, *result;
-  int count, dim;
+  float *out, *maximum, *sum, *word;
+  int count, dim, stride;
 };
 
+// Rows of outputs are kept apart, so that lanes that store four of them share no banks.
+constexpr int kPartsPadding = 8;
+
 constexpr int64_t block_parts_bytes(int count, int dim) {
-  return 4 * (static_cast<int64_t>(count) * kDecodeRows * (dim + 2) + kDecodeRows);
+  return 4 * (static_cast<int64_t>(count) * kDecodeRows * (dim + kPartsPadding + 2) + 1);
 }
 
 LYCHEE_DEVICE BlockParts block_parts(unsigned char* shared, int count, int dim) {
   BlockParts parts;
   parts.count = count;
   parts.dim = dim;
+  parts.stride = dim + kPartsPadding;
   parts.out = reinterpret_cast<float*>(shared);
-  parts.maximum = parts.out + count * kDecodeRows * dim;
+  parts.maximum = parts.out + count * kDecodeRows * parts.stride;
   parts.sum = parts.maximum + count * kDecodeRows;
-  parts.result = parts.sum + count * kDecodeRows;
+  parts.word = parts.sum + count * kDecodeRows;
   return parts;
 }
 
@@ -51,7 +55,7 @@ LYCHEE_DEVICE void sum_parts(const MemoryAttentionParams& p, const Work& work,
       const int at = part * kDecodeRows + row;
       const float w = weight(parts.maximum[at], maximum);
       sum += w * parts.sum[at];
-      out += w * parts.out[at * parts.dim + d];
+      out += w * parts.out[at * parts.stride + d];
     }
     out = sum == 0.0f ? 0.0f : out / sum;
     const float log2_sum = sum == 0.0f ? kMinusInfinity : maximum + log2f(sum);
@@ -68,16 +72,16 @@ LYCHEE_DEVICE void sum_parts(const MemoryAttentionParams& p, const Work& work,
 
 // Whether this block is the last of its batch entry and kv head to get here; the others' partial
 // results can be read then.
-LYCHEE_DEVICE bool is_last_block(const MemoryAttentionParams& p, const Work& work, float* result) {
+LYCHEE_DEVICE bool is_last_block(const MemoryAttentionParams& p, const Work& work, float* word) {
   __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
     const int64_t at = work.batch * static_cast<int64_t>(p.num_kv_heads) + work.kv_head;
     const unsigned before = atomicAdd(p.tickets + at, 1u);
-    result[0] = before + 1 == static_cast<unsigned>(work.slots) ? 1.0f : 0.0f;
+    *word = before + 1 == static_cast<unsigned>(work.slots) ? 1.0f : 0.0f;
   }
   __syncthreads();
-  const bool last = result[0] != 0.0f;
+  const bool last = *word != 0.0f;
   __threadfence();
   return last;
 }
@@ -118,7 +122,7 @@ LYCHEE_DEVICE void finish_rows(const MemoryAttentionParams& p, const Work& work,
   const int64_t entry = work.batch * static_cast<int64_t>(p.num_kv_heads) + work.kv_head;
   float* const partials = p.partial + entry * (p.page_splits + p.segment_splits) * stride;
   sum_parts(p, work, parts, partials + work.slot * stride);
-  if (work.slots == 1 || !is_last_block(p, work, parts.result)) return;
+  if (work.slots == 1 || !is_last_block(p, work, parts.word)) return;
   merge_splits(p, work, parts.dim, partials, stride);
 }
 

@@ -226,11 +226,14 @@ struct PrefillBlock {
     largest = max(largest, __shfl_xor_sync(kAllLanes, largest, 2));
     const float next = max(maximum[r], largest), factor = weight(maximum[r], next);
     maximum[r] = next;
-    sum[r] *= factor;
+    // most tiles leave the maximum as it was
+    if (__ballot_sync(kAllLanes, factor != 1.0f)) {
+      sum[r] *= factor;
 #pragma unroll
-    for (int j = 0; j < D / 8; ++j) {
-      out[j][r * 2] *= factor;
-      out[j][r * 2 + 1] *= factor;
+      for (int j = 0; j < D / 8; ++j) {
+        out[j][r * 2] *= factor;
+        out[j][r * 2 + 1] *= factor;
+      }
     }
 #pragma unroll
     for (int n = 0; n < kKeyGroups; ++n) {

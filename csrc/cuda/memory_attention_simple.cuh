@@ -183,7 +183,7 @@ struct SimpleBlock {
       }
 #pragma unroll
       for (int i = 0; i < kSimpleColumns; ++i) {
-        if (i * 32 + lane < dim) parts.out[row * dim + i * 32 + lane] = out[r][i];
+        if (i * 32 + lane < dim) parts.out[row * parts.stride + i * 32 + lane] = out[r][i];
       }
     }
   }

@@ -3,6 +3,8 @@
 // device memory, and copies of them to shared memory.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/device.cuh"
 #include "cuda/memory_attention_params.h"
 #include "cuda/memory_attention_plan.h"
@@ -39,6 +41,16 @@ struct Pair<Float16> {
     mma_f16(d, a, b);
   }
 };
+
+// Four 8-bit elements as pairs of halves, exactly.
+template <class Element>
+LYCHEE_DEVICE void unpack_f16(uint32_t packed, uint32_t& low, uint32_t& high) {
+  if constexpr (std::is_same_v<Element, int8_t>) {
+    int8x4_to_f16x2(packed, low, high);
+  } else {
+    e4m3x4_to_f16x2(packed, low, high);
+  }
+}
 
 // One block's part: rows of one batch entry and kv head, and ranges of tiles. Rows are query tokens
 // x heads of the kv head, heads innermost.

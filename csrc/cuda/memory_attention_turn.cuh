@@ -72,12 +72,13 @@ LYCHEE_DEVICE void turn_keys(uint32_t& low, uint32_t& high, uint32_t c, uint32_t
   }
 }
 
-// Starts copying the tables' rows at `position`, D * 4 bytes: cosines, then sines.
+// Starts copying the tables' rows at `position`, D * 4 bytes: cosines, then sines. The first warps
+// are busy with scales meanwhile.
 template <int D>
 LYCHEE_DEVICE void copy_turn(unsigned char* shared, const MemoryAttentionParams& p, int position) {
   constexpr int kChunks = D / 8;
-  const int chunk = static_cast<int>(threadIdx.x);
-  if (chunk >= 2 * kChunks) return;
+  const int chunk = static_cast<int>(threadIdx.x) - kAttentionThreads / 2;
+  if (chunk < 0 || chunk >= 2 * kChunks) return;
   const float* const table = chunk < kChunks ? p.cos : p.sin;
   copy_async(shared + chunk * 16,
              table + static_cast<int64_t>(position) * (D / 2) + chunk % kChunks * 4, true);

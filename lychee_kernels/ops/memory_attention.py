@@ -60,7 +60,8 @@ def memory_attention(
 
     Numerics: scores, softmax and sums in float32; independent of batch size and thread count. On
         CUDA, 16-bit inputs with D 64 or 128 are multiplied by tensor cores: rotated page keys and
-        softmax weights are rounded to the dtype of q, with 8-bit banks to float16 at decode.
+        softmax weights are rounded to the dtype of q; at decode from 8-bit banks to float16, where
+        q is limited to +-32768 and kv_scale of a value must stay below 255.
     Backward: q, k, v and float kv (rows that read one page add up, in a fixed order); sums in
         float32, bitwise repeatable on any number of threads. Devices: CPU, CUDA. On CUDA no value
         of a page table is checked: a page outside of the bank counts as empty.

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 from attention_cases import BY_NAME, Case, make_inputs, to_double
+from test_memory_attention_errors import SHAPE_ERRORS, VALUE_ERRORS
 
 from lychee_kernels import ref
 from lychee_kernels.testing import compare, poison
@@ -24,7 +25,8 @@ DECODE += [
     Case("g2_strided", queries=3, keys=40, dim=128, pages=3, query_stride=13),
 ]
 PREFILL = [
-    Case("prefix", queries=21, keys=90, heads=8, dim=64, pages=3, rope_mode="affine"),
+    Case("prefill", queries=21, keys=90, heads=8, dim=64, pages=3, rope_mode="affine"),
+    Case("small", batch=1, queries=9, keys=20, dim=64, pages=3, rope_mode="affine"),
     Case("g7", batch=1, queries=19, keys=19, heads=7, kv_heads=1, dim=128, pages=2),
     Case("holes", queries=40, keys=150, heads=2, dim=64, holes=True, query_stride=3),
     Case("pages_only", batch=1, queries=18, keys=0, kv_heads=4, dim=128, pages=3,
@@ -106,7 +108,7 @@ def test_mixed_dtypes_match_reference(backend, bank_dtype, queries):
     check(backend, *inputs_of("g4_tokens", bank_dtype=bank_dtype, queries=queries))
 
 
-@pytest.mark.parametrize("name", ["g7_rotated", "prefix"])
+@pytest.mark.parametrize("name", ["g7_rotated", "prefill"])
 @pytest.mark.parametrize("dtypes", ["bfloat16", "int8"])
 def test_tables_may_be_scaled_and_start_later(backend, name, dtypes):
     # as YaRN scales them, and as a slice of longer tables
@@ -117,7 +119,7 @@ def test_tables_may_be_scaled_and_start_later(backend, name, dtypes):
 
 
 @pytest.mark.parametrize("dtypes", DTYPES)
-@pytest.mark.parametrize("name", ["g7_rotated", "prefix"])
+@pytest.mark.parametrize("name", ["g7_rotated", "small"])
 def test_every_schedule_gives_the_same_bits_without_bank_conflicts(backend, name, dtypes):
     q, k, v, options = inputs_of(name, dtypes)
     results = []
@@ -181,7 +183,7 @@ def test_nothing_to_see_gives_zero_and_minus_infinity(backend, queries, dtype):
         assert out.shape == (2, 4, 0, 64) and lse.shape == (2, 4, 0)
 
 
-@pytest.mark.parametrize("name", ["g4_tokens", "prefix"])
+@pytest.mark.parametrize("name", ["g4_tokens", "prefill"])
 @pytest.mark.parametrize("dtypes", ["bfloat16", "int8"])
 def test_nan_queries_reach_their_own_rows_only(backend, name, dtypes):
     q, k, v, options = inputs_of(name, dtypes)
@@ -195,7 +197,7 @@ def test_nan_queries_reach_their_own_rows_only(backend, name, dtypes):
 
 # 72: rows stay aligned to 16 bytes; 65: they do not
 @pytest.mark.parametrize("width", [72, 65])
-@pytest.mark.parametrize("name", ["g4_tokens", "prefix"])
+@pytest.mark.parametrize("name", ["g4_tokens", "prefill"])
 def test_strided_inputs_match_reference(backend, name, width):
     q, k, v, options = inputs_of(name)
     strided = []
@@ -231,7 +233,7 @@ def test_offsets_beyond_two_billion_elements(backend, queries, tmp_path):
     assert torch.equal(out, expected) and expected.abs().sum() > 0
 
 
-@pytest.mark.parametrize("name", ["g7_rotated", "prefix", "int8"])
+@pytest.mark.parametrize("name", ["g7_rotated", "prefill", "int8"])
 def test_wrong_table_entries_count_as_empty_pages(backend, name):
     # a GPU does not report them, as that would have to wait for it; it may not follow them either
     if backend.name not in ("emulated", "cuda"):
@@ -251,3 +253,17 @@ def test_wrong_table_entries_count_as_empty_pages(backend, name):
         options["page_base"][:, 2] = wrong
         actual = backend.memory_attention(q, k, v, **options)
         assert torch.equal(actual[0], expected[0]) and torch.equal(actual[1], expected[1])
+
+
+TENSOR_ERRORS = SHAPE_ERRORS | {m: VALUE_ERRORS[m] for m in VALUE_ERRORS if m.startswith("q:")}
+
+
+@pytest.mark.parametrize("message", TENSOR_ERRORS)
+def test_a_gpu_names_the_wrong_argument_as_a_cpu_does(backend, message):
+    if backend.name not in ("emulated", "cuda"):
+        pytest.skip("tested beside")
+    q, k, v, options = make_inputs(BY_NAME["prefix"])
+    wrong = TENSOR_ERRORS[message]({"q": q, "k": k, "v": v} | options)
+    with pytest.raises(RuntimeError) as caught:
+        backend.memory_attention(**wrong)
+    assert f"memory_attention: {message}" in str(caught.value)
