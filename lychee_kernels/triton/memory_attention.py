@@ -18,6 +18,7 @@ from ._arguments import (
     readable,
 )
 from ._elements import INTERPRETED, elements, fresh, load_floats, store_floats
+from ._tiles import attend_page, attend_segment
 from .gather_chunks import gather_chunks_bwd
 
 LOG2_E = 1.4426950408889634
@@ -25,28 +26,6 @@ LOG2_E = 1.4426950408889634
 # row's result does not depend on the others.
 SPLIT_TILES, MAX_SPLITS = 8, 64
 DOT_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-
-@triton.jit
-def _attend(
-    q1, q2, k1, k2, values, k_scale, v_scale, visible, scale, largest, total, acc, DOT: tl.constexpr
-):
-    """One tile of keys: k1, k2 [D/2, keys] and values [keys, D] before their scales."""
-    scores = tl.dot(q1, k1.to(DOT), input_precision="ieee")
-    scores = tl.dot(q2, k2.to(DOT), scores, input_precision="ieee") * scale
-    if k_scale is not None:
-        scores *= k_scale[None, :]
-    scores = tl.where(visible, scores, -float("inf"))
-    new_largest = tl.maximum(largest, tl.max(scores, 1))
-    # a row that sees no key yet has no largest score to subtract
-    base = tl.where(new_largest == -float("inf"), 0.0, new_largest)
-    weights = tl.exp2(scores - base[:, None])
-    correction = tl.exp2(largest - base)
-    total = total * correction + tl.sum(weights, 1)
-    if v_scale is not None:
-        weights *= v_scale[None, :]
-    acc = tl.dot(weights.to(DOT), values.to(DOT), acc * correction[:, None], input_precision="ieee")
-    return new_largest, total, acc
 
 
 @triton.jit
@@ -68,11 +47,11 @@ def _attention_kernel(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < group * num_queries
     t, head = (row // group).to(tl.int64), own_head * group + row % group
-    half = dim // 2
     d, wide = tl.arange(0, HALF), tl.arange(0, DIM)
-    row_mask = inside[:, None] & (d < half)[None, :]
+    row_mask = inside[:, None] & (d < dim // 2)[None, :]
     at = q + batch * q_batch + (head * q_head + t * q_token)[:, None] + d[None, :]
-    q1, q2 = load_floats(at, row_mask).to(DOT), load_floats(at + half, row_mask).to(DOT)
+    q1 = load_floats(at, row_mask).to(DOT)
+    q2 = load_floats(at + dim // 2, row_mask).to(DOT)
     largest = tl.full((ROWS,), -float("inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, DIM), tl.float32)
@@ -85,69 +64,36 @@ def _attention_kernel(
     page_tiles = first * 0
     if kv is not None:
         tiles_per_page = tl.cdiv(page_tokens, KEYS)
-        used_pages = tl.minimum(tl.load(num_pages + batch), max_pages)
-        page_tiles = used_pages * tiles_per_page
+        page_tiles = tl.minimum(tl.load(num_pages + batch), max_pages) * tiles_per_page
     end = tl.minimum(first + split_tiles, page_tiles + tl.cdiv(seen, KEYS))
-
     if kv is not None:
         for tile in range(first, tl.minimum(end, page_tiles)):
             entry = batch * max_pages + tile // tiles_per_page
-            token = tile % tiles_per_page * KEYS + tl.arange(0, KEYS)
-            page = tl.load(page_table + entry).to(tl.int64)
-            length = tl.minimum(tl.load(page_len + entry), page_tokens)
-            stored = (token < length) & (page >= 0) & (page < bank_pages)
-            mask = stored[None, :] & (d < half)[:, None]
-            base = kv + page * kv_page + own_head * kv_head
-            offset = token.to(tl.int64) * kv_token
-            k1 = load_floats(base + offset[None, :] + d[:, None], mask)
-            k2 = load_floats(base + offset[None, :] + d[:, None] + half, mask)
-            value_mask = stored[:, None] & (wide < dim)[None, :]
-            values = load_floats(base + kv_part + offset[:, None] + wide[None, :], value_mask)
-            if ROTATE:
-                position = tl.load(page_base + entry) + token
-                mask = mask & ((position >= 0) & (position < positions))[None, :]
-                table = position[None, :].to(tl.int64) * half + d[:, None]
-                c = tl.load(cos + table, mask=mask, other=0.0)
-                s = tl.load(sin + table, mask=mask, other=0.0)
-                k1, k2 = k1 * c - k2 * s, k2 * c + k1 * s
-            if kv_scale is None:
-                k_scale = None
-                v_scale = None
-            else:
-                scales = kv_scale + page * scale_page + own_head * scale_head + token
-                k_scale = tl.load(scales, mask=stored, other=0.0)
-                v_scale = tl.load(scales + scale_part, mask=stored, other=0.0)
-            visible = stored[None, :] & inside[:, None]
-            largest, total, acc = _attend(
-                q1, q2, k1, k2, values, k_scale, v_scale, visible, scale, largest, total, acc, DOT
-            )
-
+            largest, total, acc = attend_page(
+                q1, q2, largest, total, acc, kv, kv_scale, page_table, page_len, page_base, cos,
+                sin, entry, tile % tiles_per_page * KEYS, own_head, inside, scale, bank_pages,
+                page_tokens, positions, dim, kv_page, kv_head, kv_part, kv_token, scale_page,
+                scale_head, scale_part, ROTATE, KEYS, HALF, DIM, DOT,
+            )  # fmt: skip
+    k += batch * k_batch + own_head * k_head
+    v += batch * v_batch + own_head * v_head
+    if valid is not None:
+        valid += batch * num_keys
     for tile in range(tl.maximum(first - page_tiles, 0), end - page_tiles):
-        token = tile * KEYS + tl.arange(0, KEYS)
-        stored = token < num_keys
-        if valid is not None:
-            stored = tl.load(valid + batch * num_keys + token, mask=stored, other=0) != 0
-        base = k + batch * k_batch + own_head * k_head
-        key = base + token[None, :].to(tl.int64) * k_token + d[:, None]
-        mask = stored[None, :] & (d < half)[:, None]
-        k1, k2 = load_floats(key, mask), load_floats(key + half, mask)
-        value = v + batch * v_batch + own_head * v_head
-        value += token[:, None].to(tl.int64) * v_token + wide[None, :]
-        values = load_floats(value, stored[:, None] & (wide < dim)[None, :])
-        visible = stored[None, :] & inside[:, None] & (token[None, :] <= last[:, None])
-        largest, total, acc = _attend(
-            q1, q2, k1, k2, values, None, None, visible, scale, largest, total, acc, DOT
-        )
+        largest, total, acc = attend_segment(
+            q1, q2, largest, total, acc, k, v, valid, tile * KEYS, last, inside, scale, num_keys,
+            dim, k_token, v_token, KEYS, HALF, DIM, DOT,
+        )  # fmt: skip
 
     # not zero where a score is NaN
     total = tl.where(total == 0.0, 1.0, total)
-    split = split.to(tl.int64)
-    at = out + split * split_out + ((batch * num_queries + t) * num_heads + head)[:, None] * dim
-    store_floats(at + wide[None, :], acc / total[:, None], inside[:, None] & (wide < dim)[None, :])
+    at = out + split.to(tl.int64) * split_out
+    at += ((batch * num_queries + t) * num_heads + head)[:, None] * dim + wide[None, :]
+    store_floats(at, acc / total[:, None], inside[:, None] & (wide < dim)[None, :])
     # natural logarithm
     sums = (largest + tl.log2(total)) * 0.6931471805599453
     rows = (batch * num_heads + head) * num_queries + t
-    tl.store(lse + split * split_lse + rows, sums, mask=inside)
+    tl.store(lse + split.to(tl.int64) * split_lse + rows, sums, mask=inside)
 
 
 @triton.jit

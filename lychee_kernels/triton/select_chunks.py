@@ -24,6 +24,41 @@ def _keys(scores, chunk, num_chunks, stride, threshold):
     return tl.where(inside & (score >= threshold), key, 0)
 
 
+@triton.jit
+def _count(scores, level, num_chunks, stride, threshold, BLOCK: tl.constexpr):
+    """How many keys are at least `level`."""
+    count = tl.full((), 0, tl.int32)
+    for start in range(0, num_chunks, BLOCK):
+        chunk = start + tl.arange(0, BLOCK)
+        key = _keys(scores, chunk, num_chunks, stride, threshold)
+        count += tl.sum((key >= level).to(tl.int32), 0)
+    return count
+
+
+@triton.jit
+def _pad(lists, first, count, value, BLOCK: tl.constexpr):
+    """lists[first .. count - 1] = value."""
+    for start in range(0, count, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        tl.store(lists + i, value, mask=(i >= first) & (i < count))
+
+
+@triton.jit
+def _store_pages(
+    chunk_pages, page_table, page_len, page_base, selected, tokens, pages, first, base,
+    pages_per_chunk, page_tokens, pages_page,
+):  # fmt: skip
+    """The pages of a block of chunks, those of each chunk at first .. first + pages - 1."""
+    for i in range(pages_per_chunk):
+        used = selected & (i < pages)
+        page = tl.load(chunk_pages + i * pages_page, mask=used, other=0)
+        before = page_tokens.to(tl.int64) * i
+        tl.store(page_table + first + i, page, mask=used)
+        length = tl.minimum(tokens - before, page_tokens)
+        tl.store(page_len + first + i, length.to(tl.int32), mask=used)
+        tl.store(page_base + first + i, (base + before).to(tl.int32), mask=used)
+
+
 @triton.jit(do_not_specialize=["page_tokens", "pages_per_chunk", "slots", "num_chunks"])
 def _select_kernel(
     scores, chunk_pages, chunk_tokens, page_table, page_len, page_base, num_pages, num_tokens,
@@ -31,26 +66,23 @@ def _select_kernel(
     scores_batch, scores_chunk, pages_batch, pages_chunk, pages_page, tokens_batch, tokens_chunk,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """One row."""
     row = tl.program_id(0).to(tl.int64)
     scores += row * scores_batch
     # the largest key that `slots` chunks reach, bit by bit; 0 where fewer pass
     level, bit = tl.full((), 0, tl.uint32), tl.full((), 0x80000000, tl.uint32)
     for _ in range(32):
-        reached = tl.full((), 0, tl.int32)
-        for start in range(0, num_chunks, BLOCK):
-            chunk = start + tl.arange(0, BLOCK)
-            key = _keys(scores, chunk, num_chunks, scores_chunk, threshold)
-            reached += tl.sum((key >= (level | bit)).to(tl.int32), 0)
+        reached = _count(scores, level | bit, num_chunks, scores_chunk, threshold, BLOCK)
         level = tl.where(reached >= slots, level | bit, level)
         bit = bit >> 1
-    above = tl.full((), 0, tl.int32)
-    for start in range(0, num_chunks, BLOCK):
-        chunk = start + tl.arange(0, BLOCK)
-        key = _keys(scores, chunk, num_chunks, scores_chunk, threshold)
-        above += tl.sum((key > level).to(tl.int32), 0)
+    above = _count(scores, level + 1, num_chunks, scores_chunk, threshold, BLOCK)
 
     width = slots.to(tl.int64) * pages_per_chunk
     most_tokens = page_tokens.to(tl.int64) * pages_per_chunk
+    chunks += row * slots
+    page_table, page_len, page_base = (
+        page_table + row * width, page_len + row * width, page_base + row * width,
+    )  # fmt: skip
     ties, selected_before = tl.full((), 0, tl.int32), tl.full((), 0, tl.int32)
     tokens_before, pages_before = tl.full((), 0, tl.int64), tl.full((), 0, tl.int64)
     for start in range(0, num_chunks, BLOCK):
@@ -63,38 +95,29 @@ def _select_kernel(
         ties += tl.sum(tie, 0)
         place = selected_before + tl.cumsum(selected.to(tl.int32), 0) - 1
         selected_before += tl.sum(selected.to(tl.int32), 0)
-        tl.store(chunks + row * slots + place, chunk, mask=selected)
+        tl.store(chunks + place, chunk, mask=selected)
 
         own = chunk_tokens + row * tokens_batch + chunk.to(tl.int64) * tokens_chunk
         tokens = tl.load(own, mask=selected, other=0).to(tl.int64)
         tokens = tl.minimum(tl.maximum(tokens, 0), most_tokens)
         pages = (tokens + page_tokens - 1) // page_tokens
+        first = pages_before + tl.cumsum(pages, 0) - pages
         base = tokens_before + tl.cumsum(tokens, 0) - tokens
-        first = row * width + pages_before + tl.cumsum(pages, 0) - pages
+        _store_pages(
+            chunk_pages + row * pages_batch + chunk.to(tl.int64) * pages_chunk, page_table,
+            page_len, page_base, selected, tokens, pages, first, base, pages_per_chunk,
+            page_tokens, pages_page,
+        )  # fmt: skip
         tokens_before += tl.sum(tokens, 0)
         pages_before += tl.sum(pages, 0)
-        own = chunk_pages + row * pages_batch + chunk.to(tl.int64) * pages_chunk
-        for i in range(pages_per_chunk):
-            used = selected & (i < pages)
-            page = tl.load(own + i * pages_page, mask=used, other=0)
-            before = page_tokens.to(tl.int64) * i
-            tl.store(page_table + first + i, page, mask=used)
-            length = tl.minimum(tokens - before, page_tokens)
-            tl.store(page_len + first + i, length.to(tl.int32), mask=used)
-            tl.store(page_base + first + i, (base + before).to(tl.int32), mask=used)
 
     tl.store(num_pages + row, pages_before.to(tl.int32))
     tl.store(num_tokens + row, tokens_before.to(tl.int32))
     tl.store(num_selected + row, selected_before)
-    for start in range(0, slots, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        tl.store(chunks + row * slots + i, -1, mask=(i >= selected_before) & (i < slots))
-    for start in range(0, width, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        unused = (i >= pages_before) & (i < width)
-        tl.store(page_table + row * width + i, -1, mask=unused)
-        tl.store(page_len + row * width + i, 0, mask=unused)
-        tl.store(page_base + row * width + i, 0, mask=unused)
+    _pad(chunks, selected_before, slots, -1, BLOCK)
+    _pad(page_table, pages_before, width, -1, BLOCK)
+    _pad(page_len, pages_before, width, 0, BLOCK)
+    _pad(page_base, pages_before, width, 0, BLOCK)
 
 
 def select_chunks(scores, threshold, max_chunks, chunk_pages, chunk_tokens, page_tokens):

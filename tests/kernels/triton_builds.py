@@ -155,9 +155,6 @@ def selection():
 CALLS = {
     "decode": lambda: ("memory_attention", "memory_attention", *attention(BF16, INT8, 1)),
     "prefill": lambda: ("memory_attention", "memory_attention", *attention(BF16, E4M3, 99)),
-    "prefill in float32, 256 dimensions": lambda: (
-        "memory_attention", "memory_attention", *attention(torch.float32, torch.float32, 99, 256),
-    ),
     "ones": lambda: ("memory_attention", "memory_attention", *attention_of_ones()),
     "segment alone": lambda: ("memory_attention", "memory_attention", *segment_alone()),
     "pack backward": lambda: ("compress_pack", "compress_pack_bwd", *gradients()),
