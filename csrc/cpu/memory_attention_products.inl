@@ -62,7 +62,8 @@ inline void score_panel(const float* q, int64_t q_stride, const float* keys, int
 }
 
 // out[m][d] += sum_j weights[m][j] values[j][d], for M rows and C vectors of dimensions. With
-// kTransposed the weights lie as weights[j][m]. Rows of weights are kTileKeys long.
+// kTransposed the weights lie as weights[j][m]. Rows of weights are kTileKeys long. The sum over j
+// starts from zero: one sum over thousands of rows would lose three times as much.
 template <int M, int C, bool kTransposed = false>
 inline void value_panel(const float* weights, const float* values, int64_t value_stride,
                         int64_t count, float* out, int64_t out_stride) {
@@ -71,7 +72,7 @@ inline void value_panel(const float* weights, const float* values, int64_t value
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) acc[m][c] = load(out + m * out_stride + c * kLanes);
+    for (int c = 0; c < C; ++c) acc[m][c] = zero();
   }
   for (int64_t j = 0; j < count; ++j) {
     Vec value[C];
@@ -87,7 +88,10 @@ inline void value_panel(const float* weights, const float* values, int64_t value
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) store(out + m * out_stride + c * kLanes, acc[m][c]);
+    for (int c = 0; c < C; ++c) {
+      float* sum = out + m * out_stride + c * kLanes;
+      store(sum, add(load(sum), acc[m][c]));
+    }
   }
 }
 

@@ -56,6 +56,14 @@ def test_gradients_of_pages_that_many_rows_share_match_reference():
     check_gradients(q, k, v, options, torch.randn_like(q))
 
 
+def test_gradients_of_many_query_rows_match_reference():
+    # every key sums over 300 queries of 14 heads
+    case = Case("many", batch=1, queries=300, keys=300, heads=14, kv_heads=1, dim=16, pages=2,
+                page_tokens=30, rope_mode="affine")  # fmt: skip
+    q, k, v, options = make_inputs(case)
+    check_gradients(q, k, v, options, torch.randn_like(q))
+
+
 def test_gradients_of_a_shared_page_add_up():
     q, k, v, options = make_inputs(BY_NAME["prefix"])
     options["kv"] = torch.randn_like(options["kv"])
