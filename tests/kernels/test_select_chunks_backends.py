@@ -48,6 +48,12 @@ def test_ties_nan_and_infinities(backend, dtype):
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_both_zeros_are_equal(backend, dtype):
+    scores = torch.tensor([[-1.0, -0.0, 0.0, -0.0, 0.0, 0.0]]).to(dtype)
+    assert check(backend, scores, -0.5, 2, *chunks_of(6, 1, 4), 4).chunks.tolist() == [[1, 2]]
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("budget", [1, 37, 300, 5000])
 def test_budgets(backend, dtype, budget):
     # scores of every magnitude, so that each digit of the radix select decides somewhere
