@@ -14,12 +14,6 @@
 namespace lychee::cuda {
 namespace {
 
-int64_t element_bytes(Dtype dtype) {
-  return dtype == Dtype::kFloat32 ? 4 : is_quantised(dtype) ? 1 : 2;
-}
-
-int fast_width(Dtype dtype) { return 16 / element_bytes(dtype); }
-
 // Of everything a kernel reads or writes in runs; outputs are fresh and aligned.
 bool is_aligned(const lychee::CompressPackParams& p) {
   const int64_t bytes = element_bytes(p.dtype), half = p.head_dim / 2;

@@ -12,12 +12,6 @@
 namespace lychee::cuda {
 namespace {
 
-int64_t element_bytes(Dtype dtype) {
-  return dtype == Dtype::kFloat32 ? 4 : is_quantised(dtype) ? 1 : 2;
-}
-
-int fast_width(Dtype dtype) { return 16 / element_bytes(dtype); }
-
 // Of everything a kernel reads or writes in runs.
 bool is_aligned(const lychee::GatherChunksParams& p) {
   Alignment alignment(fast_width(p.dtype), p.head_dim / 2);

@@ -5,11 +5,21 @@
 #include <cstdint>
 #include <initializer_list>
 
+#include "dispatch.h"
+
 namespace lychee::cuda {
 
 constexpr int kLanesPerWarp = 32;
 
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+constexpr int element_bytes(Dtype dtype) {
+  if (dtype == Dtype::kFloat32) return 4;
+  return dtype == Dtype::kInt8 || dtype == Dtype::kFloat8E4M3 ? 1 : 2;
+}
+
+// Elements of an input/output type in 16 bytes.
+constexpr int fast_width(Dtype dtype) { return 16 / element_bytes(dtype); }
 
 // Whether rows may be read and written in runs of `width` elements.
 class Alignment {
