@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
+import random
 import time
 import tomllib
 from dataclasses import dataclass, field
@@ -37,7 +39,8 @@ TUPLES = ("facts", "ratios", "learning_rate")
 class Stage:
     """One step of the curriculum; the learning rate goes linearly from the first to the second.
 
-    `ratios` are drawn from evenly; the fields behind it are those of `data.recall.Mixture`.
+    `ratios` are drawn from evenly. `short` is the share of batches whose chunks are cut to a random
+    length from an eighth of `chunk` on. The fields behind it are those of `data.recall.Mixture`.
     """
 
     steps: int
@@ -47,10 +50,18 @@ class Stage:
     facts: tuple[int, int]
     learning_rate: tuple[float, float]
     ratios: tuple[int, ...] = (4,)
+    short: float = 0.0
     single: float = Mixture.single
     numbers: float = Mixture.numbers
     noted: float = Mixture.noted
     confusable: float = Mixture.confusable
+
+    def draw_chunk(self, draw: random.Random) -> int:
+        """Tokens of one batch's chunks, a multiple of every ratio."""
+        if not self.short or draw.random() >= self.short:
+            return self.chunk
+        step = math.lcm(*self.ratios)
+        return step * draw.randint(max(1, self.chunk // 8 // step), self.chunk // step)
 
     @property
     def mixture(self) -> Mixture:
@@ -206,9 +217,8 @@ class Pretraining:
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.learning_rate_at(self.step)
         ratio = self.sampler.random.choice(stage.ratios)
-        batch = self.sampler.batch(
-            stage.batch, stage.chunk, stage.questions, stage.facts, stage.mixture
-        )
+        chunk = stage.draw_chunk(self.sampler.random)
+        batch = self.sampler.batch(stage.batch, chunk, stage.questions, stage.facts, stage.mixture)
         loss, metrics = self.loss(batch, ratio)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -43,7 +43,8 @@ def compress_pack(q, k, v, cos, sin, *, batch, ratio, positions=None, pos0=0):
         RuntimeError: shape, dtype, device or position out of range; message names the argument.
 
     Numerics: rotation in float32, rounded once; everything else is an exact copy.
-    Backward: q, k, v (k and v collect both of their outputs). Devices: CPU.
+    Backward: q, k, v (k and v collect both of their outputs). Devices: CPU, CUDA. On CUDA no value
+        of an index tensor is checked: a position outside of the tables gives NaN.
     Source: LycheeMemory, dynamic compression with interleaved memory tokens.
     Reference: lychee_kernels.ref.compress_pack.
     """
@@ -87,7 +88,8 @@ def compress_pack_(
     Numerics: float banks round once. int8: scale = amax / 127 per token and head, rounded to
         nearest even; float8_e4m3fn: scale = amax / 448, clamped before the cast; a row with amax
         below 1e-30 is stored as zeros with scale 0. Inputs are finite.
-    Backward: not defined. Devices: CPU.
+    Backward: not defined. Devices: CPU, CUDA. On CUDA no value of an index tensor is checked: a
+        position outside of the tables gives NaN, a row for a slot outside is not written.
     Source: LycheeMemory, dynamic compression; paged bank of this project.
     Reference: lychee_kernels.ref.compress_pack_.
     """
@@ -124,7 +126,7 @@ def write_memory_(k, v, kv, kv_scale, page_table, slot0, *, batch, layer, mem_va
     Raises:
         RuntimeError: as compress_pack_.
 
-    Numerics: as compress_pack_. Backward: not defined. Devices: CPU.
+    Numerics: as compress_pack_. Backward: not defined. Devices: CPU, CUDA, as compress_pack_.
     Source: LycheeMemory, dynamic compression; paged bank of this project.
     Reference: lychee_kernels.ref.write_memory_.
     """

@@ -59,7 +59,8 @@ def gather_chunks(
             the argument.
 
     Numerics: dequantisation and rotation in float32, rounded once; without either, a copy.
-    Backward: float kv (rows that read one page add up, in float32). Devices: CPU.
+    Backward: float kv (rows that read one page add up, in float32). Devices: CPU, CUDA. On CUDA no
+        value of a page table is checked: a page or position outside gives NaN.
     Source: LycheeMemory, selective activation of compressed memory.
     Reference: lychee_kernels.ref.gather_chunks.
     """
@@ -100,7 +101,7 @@ def gather_chunks_(
         RuntimeError: as gather_chunks; too few tokens in k or v; an input that requires gradients
             while gradients are enabled.
 
-    Numerics: as gather_chunks. Backward: not defined. Devices: CPU.
+    Numerics: as gather_chunks. Backward: not defined. Devices: CPU, CUDA, as gather_chunks.
     Source: LycheeMemory, selective activation of compressed memory.
     Reference: lychee_kernels.ref.gather_chunks_.
     """

@@ -40,7 +40,8 @@ def select_chunks(scores, threshold, max_chunks, chunk_pages, chunk_tokens, page
         RuntimeError: shape, dtype, device, or tokens of a selected chunk out of range; message
             names the argument.
 
-    Numerics: exact. Backward: not defined. Devices: CPU.
+    Numerics: exact. Backward: not defined. Devices: CPU, CUDA. On CUDA token counts are not
+        checked but cut to what the chunk's pages hold.
     Source: LycheeMemory, gate between compression and reasoning.
     Reference: lychee_kernels.ref.select_chunks.
     """
