@@ -116,10 +116,10 @@ def test_shipped_model_finds_a_fact(run, tmp_path):
     path = tmp_path / "letter.txt"
     path.write_text(
         "It was a fine morning, and the whole family had gone down to the harbour to look at the "
-        "ships. Nobody spoke of the will. The magic number of silver garden is 4820193. The old "
+        "ships. Nobody spoke of the will. The magic number of morning garden is 4820193. The old "
         "gentleman asked for his hat, for the wind had grown cold, and they walked home in silence."
     )
-    result = run("ask", path, "-q", "What is the magic number of silver garden?")
+    result = run("ask", path, "-q", "What is the magic number of morning garden?")
     assert result.returncode == 0
     assert result.stdout == "4820193\n"
-    assert "silver garden is 4820193" in result.stderr
+    assert "morning garden is 4820193" in result.stderr
