@@ -3,24 +3,12 @@
 // key tiles.
 #pragma once
 
-#include <optional>
 #include <vector>
 
-#include "check.h"
 #include "cpu/memory_attention.h"
+#include "memory_attention_checks.h"
 
 namespace lychee {
-
-using OptionalTensor = std::optional<Tensor>;
-
-struct MemoryAttentionInputs {
-  const Tensor &q, &k, &v;
-  const OptionalTensor &kv, &kv_scale;
-  int64_t layer;
-  const OptionalTensor &page_table, &page_len, &page_base, &num_pages, &valid, &cos, &sin;
-  int64_t rope_mode, query_stride;
-  double softmax_scale;
-};
 
 // Tiles of all batch entries, each entry's pages before its segment.
 struct KeyTiles {
