@@ -18,7 +18,7 @@ from attention_cases import (
 )
 from error_cases import check_message
 
-from lychee_kernels import memory_attention, ref
+from lychee_kernels import memory_attention, memory_attention_bwd, ref
 
 PAGE_NAMES = ("page_table", "page_len", "page_base", "num_pages")
 
@@ -163,7 +163,12 @@ def test_backward_passes_opcheck(name):
     )
 
 
-def test_backward_names_the_wrong_argument():
+@pytest.mark.parametrize(
+    "op",
+    [torch.ops.lychee.memory_attention_bwd, memory_attention_bwd.memory_attention_bwd],
+    ids=["compiled", "composed"],
+)
+def test_backward_names_the_wrong_argument(op):
     q, k, v, options = make_inputs(BY_NAME["int8"])
     arguments = op_arguments(q, k, v, options)
     out, lse = torch.ops.lychee.memory_attention(*arguments)
@@ -175,8 +180,7 @@ def test_backward_names_the_wrong_argument():
     }
     for message, (dout, output, sums, bank_wanted) in wrong.items():
         check_message(
-            message, torch.ops.lychee.memory_attention_bwd,
-            dout, *arguments[:3], output, sums, *arguments[3:], bank_wanted,
+            message, op, dout, *arguments[:3], output, sums, *arguments[3:], bank_wanted,
         )  # fmt: skip
 
 
