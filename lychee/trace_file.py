@@ -94,17 +94,17 @@ def read_trace(path: Path) -> dict[str, Any]:
 
 def check_answer(where: str, answer: Any) -> None:
     check(where, answer, ANSWER)
-    check(f"{where}.usage", answer["usage"], {"chunks": INDEX})
+    check(f"{where}: usage", answer["usage"], {"chunks": INDEX})
     chunks = answer["usage"]["chunks"]
     if chunks > MOST_CHUNKS:
-        raise InputError(f"{where}.usage.chunks: expected at most {MOST_CHUNKS}, got {chunks}")
+        raise InputError(f"{where}: usage: chunks: expected at most {MOST_CHUNKS}, got {chunks}")
     for index, step in enumerate(answer["trace"]):
-        place = f"{where}.trace[{index}]"
+        place = f"{where}: trace[{index}]"
         check(place, step, STEP, STEP_DEFAULTS)
         if step["chunk"] >= chunks:
-            raise InputError(f"{place}.chunk: expected one of {chunks}, got {step['chunk']}")
+            raise InputError(f"{place}: chunk: expected one of {chunks}, got {step['chunk']}")
     for index, source in enumerate(answer["sources"]):
-        check(f"{where}.sources[{index}]", source, SOURCE, SOURCE_DEFAULTS)
+        check(f"{where}: sources[{index}]", source, SOURCE, SOURCE_DEFAULTS)
 
 
 def check(
@@ -120,9 +120,9 @@ def check(
         if name not in value:
             raise InputError(f"{where}: expected a field {name}, got none")
         if not FITS[expected](value[name]):
-            raise InputError(f"{where}.{name}: expected {expected}, got {value[name]!r:.60}")
+            raise InputError(f"{where}: {name}: expected {expected}, got {value[name]!r:.60}")
     for name, (expected, default) in (defaults or {}).items():
         if value.get(name) is None:
             value[name] = default
         elif not FITS[expected](value[name]):
-            raise InputError(f"{where}.{name}: expected {expected}, got {value[name]!r:.60}")
+            raise InputError(f"{where}: {name}: expected {expected}, got {value[name]!r:.60}")

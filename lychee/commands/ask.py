@@ -1,18 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`lychee ask`: questions about texts."""
+"""`lychee ask`: questions about texts, or about a memory bank."""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from lychee.commands.apps import AsJson, Model, Ratio, app
-from lychee.commands.loading import check_question, describe, load_libraries, load_model
+from lychee.commands.loading import (
+    check_question,
+    describe,
+    load_libraries,
+    load_model,
+    load_model_of,
+)
+from lychee.errors import InputError
 from lychee.progress import ProgressDisplay
 
 MOST_NEW_TOKENS = 65_536
@@ -20,10 +29,16 @@ MOST_NEW_TOKENS = 65_536
 
 @app.command()
 def ask(
-    files: Annotated[
-        list[Path], typer.Argument(metavar="FILE", help="UTF-8 text files; - is standard input.")
+    sources: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="DOCS",
+            help="Text files, JSON lines, folders, patterns, - for standard input; or one bank.",
+        ),
     ],
-    question: Annotated[str, typer.Option("--question", "-q", help="What to find out.")],
+    questions: Annotated[
+        list[str], typer.Option("--question", "-q", help="What to find out; repeatable.")
+    ],
     model: Model = None,
     ratio: Ratio = None,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
@@ -33,51 +48,157 @@ def ask(
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, max=MOST_NEW_TOKENS, help="Longest answer in tokens.")
     ] = None,
+    trace: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write what 'lychee trace' shows.")
+    ] = None,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Print every event as a line of JSON as it happens.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Answer a question about texts: the answer on standard output, its sources on standard error.
+    """Answer questions about texts: answers on standard output, their sources on standard error.
 
-    The texts are compressed into a memory once; then every piece is read from that memory.
+    Texts are compressed into a memory once, or are there as a bank that 'lychee build' made; then
+    all questions are answered in one pass over that memory.
     """
-    check_question(question)
+    for question in questions:
+        check_question(question)
     load_libraries()
-    from lychee.documents import read_documents
     from lychee.generate import Sampling
+    from lychee.trace_file import check_writable, trace_of, write_text
 
     sampling = Sampling(temperature, top_k, top_p, seed)
-    documents = read_documents(files)
-    memory_model = load_model(model, ratio, max_new_tokens)
-    # `ask` refuses a question that is too long as well, but only after the memory is built.
-    memory_model.encode_question(question)
+    if trace is not None:
+        check_writable(trace)
+    memory_model, bank, seconds = prepare(sources, questions, model, ratio, max_new_tokens)
+    events = EventLines() if stream else None
+    bytes_read = bank.bytes_read
+    with ProgressDisplay("Reading", "chunks") as display:
+        answers = memory_model.ask_many(
+            bank,
+            questions,
+            sampling=sampling,
+            on_step=reporter(events, display, len(bank), len(questions)),
+            on_token=None if events is None else events.token,
+        )
+    made_with = describe(memory_model, model) | seconds
+    made_with["bytes_read"] = bank.bytes_read - bytes_read
+    if trace is not None:
+        write_text(trace, json.dumps(trace_of(answers, made_with)))
+    if events is not None:
+        events.close(answers, made_with)
+    elif as_json:
+        plain = [answer.to_dict() for answer in answers]
+        print(json.dumps((plain[0] if len(plain) == 1 else {"answers": plain}) | made_with))
+    else:
+        print_answers(answers, seconds)
+
+
+def prepare(
+    sources: list[Path],
+    questions: list[str],
+    folder: Path | None,
+    ratio: int | None,
+    max_new_tokens: int | None,
+):
+    """Model, bank and the seconds that making or opening the bank took."""
+    from lychee.bank import MemoryBank, is_bank
+    from lychee.documents import read_documents
+
+    banks = [path for path in sources if is_bank(path)]
+    if banks and len(sources) > 1:
+        raise InputError(
+            f"{banks[0]}: expected texts or one bank alone, got a bank among {len(sources)} paths",
+            "put the texts in with 'lychee add'",
+        )
+    if banks:
+        started = time.perf_counter()
+        bank = MemoryBank.open(banks[0])
+        opened = time.perf_counter() - started
+        memory_model = load_model_of(bank, folder, ratio, max_new_tokens)
+        check_lengths(memory_model, questions)
+        bank.attach(memory_model)
+        return memory_model, bank, {"open_seconds": round(opened, 3)}
+    documents = read_documents(sources)
+    memory_model = load_model(folder, ratio, max_new_tokens)
+    check_lengths(memory_model, questions)
     started = time.perf_counter()
     with ProgressDisplay("Remembering", "tokens") as display:
         bank = memory_model.remember(documents, progress=display)
-    build_seconds = time.perf_counter() - started
-    with ProgressDisplay("Reading", "chunks") as display:
-        answer = memory_model.ask(
-            bank,
-            question,
-            sampling=sampling,
-            on_step=lambda _, step: display(step.chunk + 1, len(bank)),
-        )
-    if as_json:
-        details = answer.to_dict() | describe(memory_model, model)
-        print(json.dumps(details | {"build_seconds": round(build_seconds, 3)}))
-        return
-    print(answer.text, flush=True)
-    report_sources(answer, build_seconds)
+    return memory_model, bank, {"build_seconds": round(time.perf_counter() - started, 3)}
 
 
-def report_sources(answer, build_seconds: float) -> None:
-    """Where the notes changed, and what it cost, for a human."""
-    for source in answer.sources:
-        where = f"{source.document}, characters {source.start:,} to {source.stop:,}"
-        print(f"  notes changed at {where}{excerpt(source.quote, answer.text)}", file=sys.stderr)
-    usage = answer.usage
+def check_lengths(memory_model, questions: list[str]) -> None:
+    """Refuse a question that is too long before the memory is built, not only after it."""
+    for question in questions:
+        memory_model.encode_question(question)
+
+
+def reporter(
+    events: EventLines | None, display: ProgressDisplay, chunks: int, questions: int
+) -> Callable:
+    """What is called at each step of each question."""
+    reached = [0] * questions
+
+    def on_step(index: int, step) -> None:
+        reached[index] = max(reached[index], step.chunk + 1)
+        display(sum(reached), chunks * questions)
+        if events is not None:
+            events.step(index, step)
+
+    return on_step
+
+
+class EventLines:
+    """Events as lines of JSON: gated, read, updated, token, and one answer per question."""
+
+    def step(self, index: int, step) -> None:
+        """A chunk was gated or read; where reading changed the notes, they follow."""
+        details = asdict(step)
+        notes = details.pop("memory")
+        changed = details.pop("changed")
+        read = details.pop("read", True)
+        if details.get("score") is not None:
+            self.print("gated", index, **details, passed=read)
+        if read:
+            self.print("read", index, **details)
+        if changed:
+            self.print("updated", index, chunk=step.chunk, memory=notes)
+
+    def token(self, index: int, text: str) -> None:
+        self.print("token", index, text=text)
+
+    def close(self, answers: list, made_with: dict[str, Any]) -> None:
+        for index, answer in enumerate(answers):
+            details = answer.to_dict()
+            del details["trace"]
+            self.print("answer", index, **details, **made_with)
+
+    def print(self, event: str, index: int, **details: Any) -> None:
+        print(json.dumps({"event": event, "question_index": index} | details), flush=True)
+
+
+def print_answers(answers: list, seconds: dict[str, float]) -> None:
+    """Each answer, under its question where there are several, with its sources."""
+    for answer in answers:
+        if len(answers) > 1:
+            print(f"{answer.question}", file=sys.stderr, flush=True)
+        print(answer.text, flush=True)
+        for source in answer.sources:
+            if getattr(source, "changed", True):
+                where = f"{source.document}, characters {source.start:,} to {source.stop:,}"
+                quote = excerpt(source.quote, answer.text)
+                print(f"  notes changed at {where}{quote}", file=sys.stderr)
+    usage = answers[0].usage
+    tokens = f"{usage.text_tokens:,} tokens"
+    made = (
+        f"{tokens} remembered in {seconds['build_seconds']:.1f} s as"
+        if "build_seconds" in seconds
+        else f"{tokens} in the bank, opened in {seconds['open_seconds']:.2f} s, as"
+    )
     print(
-        f"  {usage.text_tokens:,} tokens remembered in {build_seconds:.1f} s as "
-        f"{usage.memory_tokens:,} memory tokens; {usage.chunks_read} of {usage.chunks} chunks read "
-        f"in {usage.read_seconds:.1f} s, answered in {usage.answer_seconds:.1f} s",
+        f"  {made} {usage.memory_tokens:,} memory tokens; {usage.chunks_read} of {usage.chunks} "
+        f"chunks read in {usage.read_seconds:.1f} s, answered in {usage.answer_seconds:.1f} s",
         file=sys.stderr,
     )
 

@@ -28,12 +28,27 @@ def check_question(question: str) -> None:
         raise InputError(f"question: expected UTF-8 text, got {question!r}") from error
 
 
-def load_model(folder: Path | None, ratio: int | None, max_new_tokens: int | None = None):
+def load_model_of(
+    bank, folder: Path | None, ratio: int | None = None, max_new_tokens: int | None = None
+):
+    """The model to ask or extend an opened bank with, set to the bank's own geometry."""
+    memory = bank.memory
+    if ratio not in (None, memory.ratio):
+        raise InputError(
+            f"ratio: expected {memory.ratio}, which {bank.path} was built with, got {ratio}"
+        )
+    geometry = {"window": memory.window, "chunk": memory.chunk}
+    return load_model(folder, memory.ratio, max_new_tokens, **geometry)
+
+
+def load_model(
+    folder: Path | None, ratio: int | None, max_new_tokens: int | None = None, **geometry: int
+):
     """The model of a command, with a warning where it was never trained to remember."""
     from lychee.memory_model import LycheeMemory
 
     with leaving_at_once():
-        model = LycheeMemory.from_pretrained(folder, ratio=ratio)
+        model = LycheeMemory.from_pretrained(folder, ratio=ratio, **geometry)
     if not model.trained:
         warning = f"lychee: warning: {folder}: has no trained memory; its answers mean little"
         print(warning, file=sys.stderr, flush=True)
