@@ -14,9 +14,9 @@ import released_route
 import torch
 from timing import Method, interleave
 
-from lychee.bank import Chunk, MemoryBank
+from lychee.bank.pages import PAGE_TOKENS, PageLayout, PagePool
 from lychee.compressor import Compressor
-from lychee.config import MemoryConfig, ModelConfig
+from lychee.config import ModelConfig
 from lychee.decoder import Decoder
 
 # 42.5M parameters, as in the measurements of the released code.
@@ -49,12 +49,10 @@ def decoder():
 
 @torch.inference_mode()
 def compress(decoder, ids):
-    memory = MemoryConfig(window=WINDOW, chunk=CHUNK, ratio=RATIO, param=("q", "k", "v"))
-    bank = MemoryBank(decoder.config, memory, device=torch.device("cpu"), dtype=torch.float32)
-    pages = bank.allocate(CHUNK)
-    bank.chunks.append(Chunk(0, 0, 0, CHUNK, memory.slots, pages))
-    Compressor(decoder).run(ids[None], bank.sink([pages]), ratio=RATIO, window=WINDOW)
-    return bank
+    pool = PagePool(PageLayout.of(decoder.config, torch.float32), torch.device("cpu"))
+    pages = pool.allocate(CHUNK // RATIO // PAGE_TOKENS)
+    Compressor(decoder).run(ids[None], pool.sink([pages]), ratio=RATIO, window=WINDOW)
+    return pool
 
 
 @pytest.mark.parametrize("threads", machine.THREADS, indirect=True)
@@ -63,9 +61,9 @@ def test_compression_against_released_route(benchmark, decoder, threads):
     ours = Method(compress, [{"decoder": decoder, "ids": ids}])
     arguments = {"decoder": decoder, "ids": ids, "ratio": RATIO, "window": WINDOW}
     theirs = Method(released_route.compress, [arguments])
-    bank = ours.calibrate()
+    pool = ours.calibrate()
     for layer, recorded in enumerate(theirs.calibrate()):
-        kept = bank.kv[:, layer].permute(2, 1, 0, 3, 4).flatten(2, 3)
+        kept = pool.kv[:, layer].permute(2, 1, 0, 3, 4).flatten(2, 3)
         torch.testing.assert_close(kept, recorded, atol=5e-4, rtol=0)
 
     timings = interleave(benchmark, ours, [theirs], SECONDS)

@@ -46,3 +46,19 @@ class MemoryConfigError(LycheeError):
     """Memory settings that contradict each other, the model, or a saved memory."""
 
     advice = "change the option, or the lychee_memory_* fields in the model's config.json"
+
+
+class BankError(LycheeError):
+    """A bank on disk that is missing, damaged, of another format, or cannot be written."""
+
+
+class BankMismatchError(BankError):
+    """A bank of another model, or of another ratio, window or chunk than the model's."""
+
+    advice = "name the model that it was built with, or build it anew"
+
+
+class BankLockedError(BankError):
+    """A bank that another process is writing at this moment."""
+
+    advice = "wait until it is done; reading the bank needs no lock"

@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
 
 import torch
 
-from lychee.bank import Chunk, Document, MemoryBank
-from lychee.chunking import cut_chunks
+from lychee.bank import Document, MemoryBank, ModelIdentity
+from lychee.bank.identity import identify
 from lychee.compressor import Compressor
 from lychee.config import MemoryConfig, ModelConfig
 from lychee.documents import read_documents
@@ -25,10 +27,6 @@ from lychee.trace import Answer, Source, Step, Usage
 from lychee.weights import load_decoder, read_config, save_decoder
 
 SHIPPED_MODEL = Path(__file__).parent / "assets" / "model"
-
-# Raw tokens compressed in one batch of chunks: enough rows for the matrix products to run at full
-# rate, few enough that peak memory stays flat.
-BATCH_TOKENS = 4096
 
 Progress = Callable[[int, int], None]
 OnStep = Callable[[int, Step], None]
@@ -98,71 +96,36 @@ class LycheeMemory:
         save_decoder(folder, self.decoder, raw, dtype or self.decoder.dtype)
         self.tokenizer.save(folder)
 
+    @cached_property
+    def identity(self) -> ModelIdentity:
+        """Name and fingerprint of what compresses, for banks on disk."""
+        identity = identify(self.decoder)
+        shipped = self.decoder.folder == SHIPPED_MODEL
+        return replace(identity, name="the shipped model") if shipped else identity
+
     def remember(
-        self, source: str | Path | Sequence[Path | Document], *, progress: Progress | None = None
+        self,
+        source: str | Path | Sequence[Path | Document],
+        *,
+        bank_dtype: str = "auto",
+        tier: str = "auto",
+        progress: Progress | None = None,
     ) -> MemoryBank:
-        """Read texts once and compress them into a new bank.
+        """Read texts once and compress them into a new bank in memory.
 
         Args:
             source: a text, the path or paths of UTF-8 text files, or documents.
+            bank_dtype: float32, float16, bfloat16, int8 or e4m3; "auto" is the model's.
+            tier: "auto" keeps the bank where the model is, "cpu" in the CPU's memory.
             progress: called with (tokens done, tokens in all).
 
         Raises:
             InputError: a missing, empty or binary file, or an empty text.
         """
-        bank = MemoryBank(
-            self.decoder.config,
-            self.memory,
-            device=self.decoder.device,
-            dtype=self.decoder.dtype,
-        )
-        pieces = []
-        for document in read_documents(source):
-            pieces += self._cut(document, len(bank.documents))
-            bank.documents.append(document)
-        bank.reserve(sum(bank.pages_for(len(ids)) for ids, *_ in pieces))
-        for ids, document, start, stop in pieces:
-            pages = bank.allocate(len(ids))
-            memory_tokens = bank.memory_tokens_for(len(ids))
-            bank.chunks.append(Chunk(document, start, stop, len(ids), memory_tokens, pages))
-        self._compress([ids for ids, *_ in pieces], bank, progress or (lambda *_: None))
+        bank = MemoryBank(self, bank_dtype, tier)
+        report = progress and (lambda p: progress(p.tokens, p.tokens_total))
+        bank.add(read_documents(source), report)
         return bank
-
-    def _cut(self, document: Document, index: int) -> list[tuple[list[int], int, int, int]]:
-        """Chunks of a document as (ids, document index, first and last character)."""
-        ids, offsets = self.tokenizer.encode_with_offsets(document.text)
-        if not ids:
-            raise InputError(f"{document.name}: expected text, got nothing to read")
-        ends = self.tokenizer.sentence_ends if self.memory.cut == "sentence" else None
-        return [
-            (ids[start:stop], index, offsets[start][0], offsets[stop - 1][1])
-            for start, stop in cut_chunks(ids, self.memory.chunk, ends)
-        ]
-
-    @torch.inference_mode()
-    def _compress(self, pieces: list[list[int]], bank: MemoryBank, progress: Progress) -> None:
-        """Compress chunks in batches of similar length, so that little of a batch is padding."""
-        order = sorted(range(len(pieces)), key=lambda index: -len(pieces[index]))
-        size = max(1, BATCH_TOKENS // self.memory.chunk)
-        ratio, done, total = self.memory.ratio, 0, bank.tokens
-        progress(0, total)
-        for first in range(0, len(order), size):
-            batch = order[first : first + size]
-            width = -(-len(pieces[batch[0]]) // ratio) * ratio
-            ids = torch.zeros(len(batch), width, dtype=torch.int64)
-            lengths = torch.tensor([len(pieces[index]) for index in batch])
-            for row, index in enumerate(batch):
-                ids[row, : lengths[row]] = torch.tensor(pieces[index])
-            mask = torch.arange(width)[None] < lengths[:, None]
-            self.compressor.run(
-                ids.to(self.decoder.device),
-                bank.sink([bank.chunks[index].pages for index in batch]),
-                ratio=ratio,
-                window=self.memory.window,
-                mask=None if bool(mask.all()) else mask.to(self.decoder.device),
-            )
-            done += int(lengths.sum())
-            progress(done, total)
 
     def ask(
         self,
@@ -195,9 +158,9 @@ class LycheeMemory:
 
         Raises:
             InputError: an empty question, or one longer than the checkpoint's limit.
+            BankMismatchError: a bank of another model or geometry.
         """
-        if bank.memory != self.memory:
-            raise MemoryConfigError(f"bank: expected {self.memory}, got {bank.memory}")
+        bank.check_model(self)
         ids = [self.encode_question(question) for question in questions]
         traces: list[list[Step]] = [[] for _ in questions]
 

@@ -130,6 +130,7 @@ def load_decoder(
     if config.tie_word_embeddings:
         decoder.lm_head.weight = decoder.model.embed_tokens.weight
     decoder.cos = decoder.sin = torch.empty(0, device=device)
+    decoder.folder = folder
     return decoder.eval(), trained
 
 

@@ -7,7 +7,7 @@ import torch
 from lychee import Answer, LycheeMemory, Step
 from lychee.bank import PAGE_TOKENS
 from lychee.chunking import cut_chunks
-from lychee.errors import InputError, LycheeError, MemoryConfigError
+from lychee.errors import BankMismatchError, InputError, LycheeError
 
 
 def test_cut_chunks_covers_everything_in_order():
@@ -42,10 +42,10 @@ def test_a_chunk_does_not_depend_on_its_neighbours(tiny_model, prose):
         assert len(alone) == 1
         used = alone.chunks[0].memory_tokens
         assert used == bank.chunks[index].memory_tokens <= PAGE_TOKENS
-        both = bank.kv[bank.chunks[index].pages[0]], alone.kv[0]
+        both = bank.pages.kv[bank.chunks[index].pages[0]], alone.pages.kv[0]
         mine, other = (page[:, :, :, :used] for page in both)
         torch.testing.assert_close(mine, other, atol=2e-5, rtol=0)
-        assert not alone.kv[0][:, :, :, used:].any()
+        assert not alone.pages.kv[0][:, :, :, used:].any()
 
 
 @pytest.mark.parametrize("ratio", [2, 8, 16])
@@ -138,7 +138,7 @@ def test_bad_questions(tiny_model, prose):
 def test_a_bank_of_other_geometry_is_refused(tiny_model, prose, tmp_path):
     tiny_model.save_pretrained(tmp_path)
     bank = LycheeMemory.from_pretrained(tmp_path, ratio=2).remember(prose(50))
-    with pytest.raises(MemoryConfigError, match="bank: expected"):
+    with pytest.raises(BankMismatchError, match="bank: expected a bank of ratio 4"):
         tiny_model.ask(bank, "who")
 
 

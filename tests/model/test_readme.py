@@ -92,7 +92,7 @@ def test_model_reads_what_lychee_remembered(tiny_model, tiny_config, prose):
     cache = DynamicCache()
     for layer in range(tiny_config["num_hidden_layers"]):
         slots = [
-            bank.kv[page, layer, :, :, :length]
+            bank.pages.kv[page, layer, :, :, :length]
             for page, length in zip(table.table[0], table.length[0], strict=True)
         ]
         cache.update(*torch.cat(slots, dim=2).transpose(0, 1)[:, None], layer)
