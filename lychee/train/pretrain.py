@@ -32,6 +32,7 @@ from lychee.train.checkpoint import load_state, save_state
 from lychee.train.initialise import new_decoder
 
 FINAL_TURN_WEIGHT = 0.3
+LENGTH_GROUPS = 3
 TUPLES = ("facts", "ratios", "learning_rate")
 
 
@@ -231,9 +232,8 @@ class Pretraining:
         sink = TensorSink(self.decoder.config.num_hidden_layers)
         window = min(self.memory.window, batch.chunks.shape[1])
         self.compressor.run(batch.chunks, sink, ratio=ratio, window=window)
-        pages = MemoryTensors(sink.memory(), len(batch.turns))
         offset = batch.chunks.shape[1] // ratio
-        update, exact = self.turn_loss(batch.turns, batch.labels, offset, pages)
+        update, exact = self.turn_loss(batch.turns, batch.labels, offset, sink.memory())
         final, final_exact = self.turn_loss(batch.final_turns, batch.final_labels, 0, None)
         metrics = {"update_loss": update.item(), "final": final_exact.float().mean().item()}
         for case, results in itertools.groupby(
@@ -244,9 +244,30 @@ class Pretraining:
         return update + FINAL_TURN_WEIGHT * final, metrics
 
     def turn_loss(
+        self, inputs: Tensor, labels: Tensor, offset: int, memory: list[Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Mean loss over target tokens, and per row whether every target token was the argmax.
+
+        Rows are read in groups of similar length, so that little of a group is padding.
+        """
+        last = torch.where(labels != IGNORED, torch.arange(labels.shape[1]), 0).amax(1)
+        order = last.argsort(stable=True)
+        total, exact = torch.zeros(()), torch.empty(len(inputs), dtype=torch.bool)
+        for rows in order.tensor_split(min(LENGTH_GROUPS, len(order))):
+            width = int(last[rows[-1]]) + 1
+            pages = None
+            if memory is not None:
+                pages = MemoryTensors(memory, rows * memory[0].shape[0] // len(inputs))
+            loss, exact[rows] = self.group_loss(
+                inputs[rows, :width], labels[rows, :width], offset, pages
+            )
+            total = total + loss
+        return total / (labels != IGNORED).sum(), exact
+
+    def group_loss(
         self, inputs: Tensor, labels: Tensor, offset: int, pages: MemoryTensors | None
     ) -> tuple[Tensor, Tensor]:
-        """Mean loss over target tokens, and per row whether every target token was the argmax."""
+        """Summed loss over target tokens, and per row whether every one was the argmax."""
         positions = torch.arange(offset, offset + inputs.shape[1])[None]
         rows, columns = (labels != IGNORED).nonzero(as_tuple=True)
         hidden = self.decoder(
@@ -259,7 +280,7 @@ class Pretraining:
         logits = self.decoder.logits(hidden)
         targets = labels[rows, columns]
         wrong = torch.zeros(len(inputs)).index_add_(0, rows, (logits.argmax(-1) != targets).float())
-        return F.cross_entropy(logits, targets), wrong == 0
+        return F.cross_entropy(logits, targets, reduction="sum"), wrong == 0
 
 
 def pretrain(recipe_path: Path, books: Path, folder: Path, *, resume: bool = False) -> None:
