@@ -1,38 +1,137 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads the texts that a bank remembers, and refuses what is not text."""
+"""Reads the texts that a bank remembers, and refuses what is not text.
+
+A path names a file, a folder, a pattern such as "docs/**/*.md", or "-" for standard input. Of a
+folder, every text and JSON lines file is read, at any depth. A document's name is its path, or in
+JSON lines the field "id"; it is what the document is replaced and removed by.
+"""
 
 from __future__ import annotations
 
+import glob
+import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lychee.bank import Document
 from lychee.errors import InputError
 
+TEXTS, JSON_LINES = (".txt", ".md"), ".jsonl"
+SUFFIXES = (*TEXTS, JSON_LINES)
+STANDARD_INPUT = "-"
 
-def read_documents(source: str | Path | Sequence[Path | Document]) -> list[Document]:
+
+def read_documents(source: str | Path | Sequence[str | Path | Document]) -> list[Document]:
     """Documents of a text, or of one or several paths; each must be non-empty UTF-8 text.
 
-    Documents that are read already pass as they are.
+    Args:
+        source: a text (a single str), or a path, or a list of paths and documents read already.
+
+    Raises:
+        InputError: nothing to read; a file that is missing, empty, binary or not UTF-8; a line of
+            JSON lines without the texts "id" and "text"; two documents of one name.
     """
     if isinstance(source, str):
         documents = [Document("text", source)]
     else:
         paths = [source] if isinstance(source, Path) else list(source)
-        documents = [p if isinstance(p, Document) else read_file(p) for p in paths]
+        documents = [document for path in paths for document in read_path(path)]
     if not documents:
         raise InputError("documents: expected at least one, got none")
+    names = set()
     for document in documents:
         if not document.text.strip():
             raise InputError(f"{document.name}: expected text, got an empty document")
+        if not is_text(document.name):
+            raise InputError(f"{document.name!r}: expected a name in UTF-8, got other bytes")
+        if document.name in names:
+            raise InputError(f"{document.name}: expected one document of this name, got two")
+        names.add(document.name)
     return documents
+
+
+def read_path(path: str | Path | Document) -> list[Document]:
+    """The documents that a path stands for."""
+    if isinstance(path, Document):
+        return [path]
+    return [document for file in find_files(Path(path)) for document in read_texts(file)]
+
+
+def find_files(path: Path) -> list[Path]:
+    """Files of a path: itself, those of a folder, or those that match it as a pattern; sorted."""
+    if path.is_dir():
+        files = sorted(Path(folder, name) for folder, name in walk(path))
+        if not files:
+            raise InputError(f"{path}: expected files of {', '.join(SUFFIXES)}, got none")
+        return files
+    if str(path) == STANDARD_INPUT or path.exists() or not glob.has_magic(str(path)):
+        return [path]
+    files = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
+    files = [file for file in files if not file.is_dir()]
+    if not files:
+        raise InputError(f"{path}: expected files that match, got none")
+    return files
+
+
+def walk(root: Path) -> Iterator[tuple[str, str]]:
+    """Folder and name of every text file under `root`, without hidden ones."""
+
+    def refuse(error: OSError) -> None:
+        raise InputError(f"{error.filename}: expected a folder to read, got: {error.strerror}")
+
+    for folder, folders, names in os.walk(root, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            if not name.startswith(".") and name.lower().endswith(SUFFIXES):
+                yield folder, name
+
+
+def read_texts(path: Path) -> list[Document]:
+    """The documents in one file: several in JSON lines, else one."""
+    document = read_file(path)
+    if path.suffix.lower() != JSON_LINES:
+        return [document]
+    lines = enumerate(document.text.split("\n"), 1)
+    documents = [read_line(f"{path}: line {count}", line) for count, line in lines if line.strip()]
+    if not documents:
+        raise InputError(f"{path}: expected text, got an empty document")
+    return documents
+
+
+def read_line(where: str, line: str) -> Document:
+    """The document in one line of JSON lines."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: expected a JSON object, got: {error}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: expected a JSON object, got a {type(value).__name__}")
+    for field in ("id", "text"):
+        text = value.get(field)
+        if not isinstance(text, str):
+            got = type(text).__name__ if field in value else "no such field"
+            raise InputError(f"{where}: {field}: expected text, got {got}")
+        if not text.strip() or not is_text(text):
+            raise InputError(f"{where}: {field}: expected text, got {text!r:.40}")
+    return Document(value["id"], value["text"])
+
+
+def is_text(text: str) -> bool:
+    """Whether a text can be stored: file names and JSON can hold halves of characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_file(path: Path) -> Document:
     """One UTF-8 text file; "-" is standard input."""
     try:
-        data = sys.stdin.buffer.read() if str(path) == "-" else Path(path).read_bytes()
+        standard = str(path) == STANDARD_INPUT
+        data = sys.stdin.buffer.read() if standard else Path(path).read_bytes()
     except OSError as error:
         raise InputError(f"{path}: expected a text file, got: {error.strerror}") from error
     if b"\0" in data:
