@@ -166,9 +166,9 @@ def pretrain(
 ) -> None:
     """Train compressor and reader together; prints one JSON line per logged step."""
     load_libraries()
-    from lychee.train.pretrain import pretrain as run_pretraining
+    from lychee.train.pretrain import Pretraining
 
-    run_pretraining(config, books, out, resume=resume)
+    Pretraining.train(config, out, books=books, resume=resume)
 
 
 @evaluation.command()
