@@ -1,0 +1,10 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `lychee` can do: one module per group of commands, each registered by importing it.
+
+Modules that import torch are imported inside the commands, so that help comes at once.
+"""
+
+from lychee.commands import ask, demo, evaluate, training  # noqa: F401
+from lychee.commands.apps import Aborted, UsageProblem, app, evaluation, train
+
+__all__ = ["Aborted", "UsageProblem", "app", "evaluation", "train"]

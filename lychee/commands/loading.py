@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What commands do before their work: import torch, load the model, say what was loaded."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lychee.cli import leaving_at_once
+from lychee.errors import InputError
+
+
+def load_libraries() -> None:
+    """Import what takes seconds: torch, above all."""
+    with leaving_at_once():
+        import lychee.memory_model  # noqa: F401
+
+
+def check_question(question: str) -> None:
+    """Refuse, before any work, what no tokenizer takes."""
+    if not question.strip():
+        raise InputError("question: expected text, got nothing")
+    try:
+        question.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"question: expected UTF-8 text, got {question!r}") from error
+
+
+def load_model(folder: Path | None, ratio: int | None, max_new_tokens: int | None = None):
+    """The model of a command, with a warning where it was never trained to remember."""
+    from lychee.memory_model import LycheeMemory
+
+    with leaving_at_once():
+        model = LycheeMemory.from_pretrained(folder, ratio=ratio)
+    if not model.trained:
+        warning = f"lychee: warning: {folder}: has no trained memory; its answers mean little"
+        print(warning, file=sys.stderr, flush=True)
+    if max_new_tokens is None:
+        return model
+    memory = replace(model.memory, answer=max_new_tokens)
+    limited = LycheeMemory(model.decoder, model.tokenizer, model.raw_config, memory)
+    limited.trained = model.trained
+    return limited
+
+
+def describe(model, folder: Path | None) -> dict[str, Any]:
+    """What a result was made with."""
+    memory = model.memory
+    return {
+        "model": "shipped" if folder is None else str(folder),
+        "trained": model.trained,
+        "ratio": memory.ratio,
+        "window": memory.window,
+        "chunk": memory.chunk,
+    }
