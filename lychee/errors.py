@@ -46,3 +46,7 @@ class MemoryConfigError(LycheeError):
     """Memory settings that contradict each other, the model, or a saved memory."""
 
     advice = "change the option, or the lychee_memory_* fields in the model's config.json"
+
+
+class TrainingError(LycheeError):
+    """A training run that cannot go on: its loss is not a number, or its state cannot be saved."""

@@ -3,14 +3,12 @@
 
 from __future__ import annotations
 
-import hashlib
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 SPLITS = ("train", "validation", "test")
-# Of every 10 names, values or pieces of filler.
-SPLIT_SHARES = (8, 1, 1)
 
 Span = tuple[int, int]
 
@@ -48,13 +46,8 @@ class TaskSample:
 
 def split_of(name: str) -> str:
     """The split a name, value or piece of text belongs to: always the same, by its hash."""
-    draw = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    place = int.from_bytes(draw, "big") % sum(SPLIT_SHARES)
-    for split, share in zip(SPLITS, SPLIT_SHARES, strict=True):
-        if place < share:
-            return split
-        place -= share
-    raise AssertionError("shares cover every place")
+    place = zlib.crc32(name.encode("utf-8", "surrogatepass")) % 10
+    return {0: "validation", 1: "test"}.get(place, "train")
 
 
 def of_split(names: Iterable[str], split: str | None) -> list[str]:

@@ -9,10 +9,9 @@ two entities agree in one relation. Splits share no name.
 from __future__ import annotations
 
 import random
-import zlib
 from dataclasses import dataclass
 
-SPLITS = ("train", "validation", "test")
+from lychee.data.task import SPLITS, split_of
 
 # Names are a beginning and one or two endings; the endings of one name are never those of another
 # split's, because a split is drawn by the hash of the whole name.
@@ -86,12 +85,6 @@ class WorldQuestion:
     text: str
     answer: str
     facts: tuple[Fact, ...]
-
-
-def split_of(name: str) -> str:
-    """The split that a name belongs to: one of ten names is for validation, one for test."""
-    place = zlib.crc32(name.encode()) % 10
-    return SPLITS[1 + place] if place < 2 else SPLITS[0]
 
 
 class World:

@@ -6,8 +6,9 @@ import random
 import pytest
 
 from lychee.data.needles import word_list
+from lychee.data.task import SPLITS, split_of
 from lychee.data.traces import Chain, TraceMixture, TraceSampler
-from lychee.data.worlds import SPLITS, World, split_of
+from lychee.data.worlds import World
 from lychee.prompts import ReadingPrompts
 from lychee.tokenizer import END, TextTokenizer
 
