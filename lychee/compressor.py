@@ -220,7 +220,9 @@ class TensorSink:
     def prefix(self, layer: int, window: Window) -> dict:
         if not window.offset:
             return {}
-        earlier = MemoryTensors([torch.cat(self.windows[layer][:-1], dim=3)], window.batch)
+        earlier = MemoryTensors(
+            [torch.cat(self.windows[layer][:-1], dim=3)], torch.arange(window.batch)
+        )
         arguments = earlier.attention_arguments(0)
         return arguments | {"rope_mode": "affine", "cos": window.cos, "sin": window.sin}
 
@@ -232,15 +234,13 @@ class TensorSink:
 class MemoryTensors:
     """Pages over per-layer tensors [C, Hkv, 2, M, D]: one page of M tokens per chunk."""
 
-    def __init__(self, layers: list[Tensor], readers: int):
-        """`readers` rows read the C chunks in order, readers / C rows each."""
+    def __init__(self, layers: list[Tensor], chunks: Tensor):
+        """`chunks` [rows]: which of the C chunks each row reads."""
         self.layers = layers
-        chunks, _, _, tokens, _ = layers[0].shape
-        options = {"dtype": torch.int32, "device": layers[0].device}
-        self.table = torch.arange(chunks, **options).repeat_interleave(readers // chunks)[:, None]
-        self.length = torch.full_like(self.table, tokens)
+        self.table = chunks.to(layers[0].device, torch.int32)[:, None]
+        self.length = torch.full_like(self.table, layers[0].shape[3])
         self.base = torch.zeros_like(self.table)
-        self.count = torch.ones(readers, **options)
+        self.count = torch.ones_like(self.table[:, 0])
 
     def attention_arguments(self, layer: int) -> dict:
         return {

@@ -143,7 +143,7 @@ class Attention(nn.Module):
 
     def width(self, letter: str) -> int:
         """Output features of projection q, k or v."""
-        return self.linear(letter).weight.shape[0]
+        return self.linear(letter).out_features
 
     def linear(self, letter: str, memory: bool = False) -> nn.Linear:
         """The projection q, k, v or o, the memory tokens' own if asked for and present."""

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lychee.bank import Document
+from lychee.bank.pieces import check_documents
 from lychee.errors import InputError
 
 TEXTS, JSON_LINES = (".txt", ".md"), ".jsonl"
@@ -40,16 +41,10 @@ def read_documents(source: str | Path | Sequence[str | Path | Document]) -> list
         documents = [document for path in paths for document in read_path(path)]
     if not documents:
         raise InputError("documents: expected at least one, got none")
-    names = set()
     for document in documents:
-        if not document.text.strip():
-            raise InputError(f"{document.name}: expected text, got an empty document")
         if not is_text(document.name):
             raise InputError(f"{document.name!r}: expected a name in UTF-8, got other bytes")
-        if document.name in names:
-            raise InputError(f"{document.name}: expected one document of this name, got two")
-        names.add(document.name)
-    return documents
+    return list(check_documents(documents))
 
 
 def read_path(path: str | Path | Document) -> list[Document]:

@@ -62,3 +62,7 @@ class BankLockedError(BankError):
     """A bank that another process is writing at this moment."""
 
     advice = "wait until it is done; reading the bank needs no lock"
+
+
+class TrainingError(LycheeError):
+    """A training run that cannot go on: its loss is not a number, or its state cannot be saved."""

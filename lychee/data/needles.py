@@ -71,17 +71,21 @@ class Needle:
 
 
 def word_list(
-    texts: Iterable[str], encode: Callable[[str], list[int]], minimum_count: int = 3
+    texts: Iterable[str],
+    encode: Callable[[str], list[int]],
+    minimum_count: int = 3,
+    lengths: range = range(1, 2),
 ) -> list[str]:
-    """Lower-case words of 4 to 9 letters that occur in `texts` and are one token, alphabetically.
+    """Lower-case words of 4 to 9 letters that occur in `texts`, alphabetically.
 
-    `encode` is the tokenizer's; a word counts as it stands inside a sentence, behind a space.
+    `encode` is the tokenizer's; a word is taken if its number of tokens, as it stands inside a
+    sentence behind a space, is one of `lengths`.
     """
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(re.findall(r"(?<![A-Za-z'-])[a-z]{4,9}(?![A-Za-z'-])", text))
     words = sorted(word for word, count in counts.items() if count >= minimum_count)
-    return [word for word in words if len(encode(" " + word)) == 1]
+    return [word for word in words if len(encode(" " + word)) in lengths]
 
 
 class NeedleMaker:

@@ -61,6 +61,22 @@ class RecallBatch:
     final_turns: Tensor
     final_labels: Tensor
 
+    def part(self, index: int, count: int) -> RecallBatch | None:
+        """The chunks of process `index` of `count` with their turns; None if it has no chunk."""
+        if len(self.chunks) < count:
+            return None
+        first, last = (len(self.chunks) * i // count for i in (index, index + 1))
+        turns = slice(*(place * len(self.turns) // len(self.chunks) for place in (first, last)))
+        final = slice(*(len(self.final_turns) * i // count for i in (index, index + 1)))
+        return RecallBatch(
+            self.chunks[first:last],
+            self.turns[turns],
+            self.labels[turns],
+            self.cases[turns],
+            self.final_turns[final],
+            self.final_labels[final],
+        )
+
 
 class RecallSampler:
     """Draws batches; all randomness comes from one seeded generator, so runs can resume."""
@@ -71,13 +87,13 @@ class RecallSampler:
         prompts: ReadingPrompts,
         books: list[list[int]],
         words: list[str],
-        seed: int,
+        seed: int | random.Random,
     ):
         self.tokenizer = tokenizer
         self.prompts = prompts
         (self.end,) = prompts.stop
         self.books = books
-        self.random = random.Random(seed)
+        self.random = seed if isinstance(seed, random.Random) else random.Random(seed)
         self.makers = {
             single: NeedleMaker(words, self.random, single=single) for single in (False, True)
         }

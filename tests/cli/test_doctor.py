@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`lychee doctor` on a whole installation and on broken ones, each with the command that mends it."""
+"""`lychee doctor` on a whole installation, and on broken ones with the command that mends them."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -42,8 +43,6 @@ def broken(run, tmp_path):
         (tmp_path / "lychee_kernels" / library.name).symlink_to(library)
 
     def examine(**environment):
-        import os
-
         environment = os.environ | {"PYTHONPATH": str(tmp_path)} | environment
         result = run("doctor", "--json", cwd=tmp_path, env=environment)
         assert result.returncode == 1, result.stderr

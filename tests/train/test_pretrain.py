@@ -14,7 +14,7 @@ from lychee.decoder import rotate
 from lychee.errors import InputError
 from lychee.tokenizer import TextTokenizer
 from lychee.train.initialise import new_decoder
-from lychee.train.pretrain import Pretraining, Recipe, pretrain
+from lychee.train.pretrain import PretrainBatch, Pretraining, PretrainRecipe
 
 RECIPE = """
 seed = 0
@@ -95,27 +95,38 @@ def write_recipe(folder, text=RECIPE):
 
 
 def weights(folder):
-    return torch.load(folder / "state.pt", weights_only=True)["model"]
+    return torch.load(folder / "state.pt", weights_only=True)["weights"]
 
 
 def test_resuming_gives_the_same_weights(tmp_path, books):
-    recipe = Recipe.load(write_recipe(tmp_path))
-    whole = Pretraining(recipe, books, tmp_path / "whole")
+    recipe = PretrainRecipe.load(write_recipe(tmp_path))
+    whole = Pretraining(recipe, tmp_path / "whole", books=books)
     whole.run()
-    part = Pretraining(recipe, books, tmp_path / "part")
+    part = Pretraining(recipe, tmp_path / "part", books=books)
     for _ in range(4):
         part.train_step()
         part.step += 1
     part.save()
     del part
-    pretrain(tmp_path / "recipe.toml", books, tmp_path / "part", resume=True)
+    Pretraining.train(tmp_path / "recipe.toml", tmp_path / "part", books=books, resume=True)
     expected, resumed = weights(tmp_path / "whole"), weights(tmp_path / "part")
     for name, tensor in expected.items():
         assert torch.equal(resumed[name], tensor), name
 
 
+def test_losses_are_those_of_the_first_trainer(tmp_path, books):
+    """Computed with the trainer that the shipped model came from, before it became this one."""
+    run = Pretraining(PretrainRecipe.load(write_recipe(tmp_path)), tmp_path / "run", books=books)
+    losses = []
+    for _ in range(6):
+        losses.append(run.train_step()["loss"])
+        run.step += 1
+    expected = [8.7155085, 8.2162847, 8.1011486, 8.4204702, 8.5037222, 8.2095604]
+    assert losses == pytest.approx(expected, rel=1e-4)
+
+
 def test_metrics_are_logged(tmp_path, books):
-    pretrain(write_recipe(tmp_path), books, tmp_path / "run")
+    Pretraining.train(write_recipe(tmp_path), tmp_path / "run", books=books)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     assert [record["step"] for record in records] == [2, 4, 6]
@@ -123,20 +134,20 @@ def test_metrics_are_logged(tmp_path, books):
 
 
 def test_a_finished_folder_is_not_overwritten(tmp_path, books):
-    pretrain(write_recipe(tmp_path), books, tmp_path / "run")
-    with pytest.raises(InputError, match="expected a new folder"):
-        pretrain(tmp_path / "recipe.toml", books, tmp_path / "run")
+    Pretraining.train(write_recipe(tmp_path), tmp_path / "run", books=books)
+    with pytest.raises(InputError, match="expected a folder without a run"):
+        Pretraining.train(tmp_path / "recipe.toml", tmp_path / "run", books=books)
 
 
 def test_learns_one_batch(tmp_path, books):
     """Loss of a repeated batch falls by far: gradients reach what they must."""
-    run = Pretraining(Recipe.load(write_recipe(tmp_path)), books, tmp_path / "run")
+    run = Pretraining(PretrainRecipe.load(write_recipe(tmp_path)), tmp_path / "run", books=books)
     batch = run.sampler.batch(4, 32, 2, (1, 1), Mixture(single=1.0))
     for group in run.optimizer.param_groups:
         group["lr"] = 1e-2
     losses = []
     for _ in range(40):
-        loss, _ = run.loss(batch, 4)
+        loss, _ = run.loss(PretrainBatch(4, batch))
         run.optimizer.zero_grad()
         loss.backward()
         run.optimizer.step()
@@ -145,8 +156,9 @@ def test_learns_one_batch(tmp_path, books):
 
 
 def test_every_trained_parameter_gets_a_gradient(tmp_path, books):
-    run = Pretraining(Recipe.load(write_recipe(tmp_path)), books, tmp_path / "run")
-    loss, _ = run.loss(run.sampler.batch(2, 32, 2, (1, 1), Mixture(single=1.0)), 4)
+    run = Pretraining(PretrainRecipe.load(write_recipe(tmp_path)), tmp_path / "run", books=books)
+    batch = run.sampler.batch(2, 32, 2, (1, 1), Mixture(single=1.0))
+    loss, _ = run.loss(PretrainBatch(4, batch))
     loss.backward()
     # Nothing reads the last layer's memory queries: its memory rows only leave keys and values.
     unread = {
@@ -157,7 +169,7 @@ def test_every_trained_parameter_gets_a_gradient(tmp_path, books):
 
 
 def test_learning_rate_is_linear_within_stages(tmp_path):
-    recipe = Recipe.load(write_recipe(tmp_path))
+    recipe = PretrainRecipe.load(write_recipe(tmp_path))
     rates = [recipe.learning_rate_at(step) for step in range(6)]
     assert rates[:3] == pytest.approx([1.5e-3, 3e-3, 3e-3])
     assert rates[4] == pytest.approx((3e-3 + 1e-5) / 2)
@@ -167,18 +179,18 @@ def test_learning_rate_is_linear_within_stages(tmp_path):
     ("change", "message"),
     [
         (("seed = 0", "seed = "), "expected a training recipe"),
-        (("threads = 1\n", ""), "threads"),
-        (("chunk = 32", "chonk = 32"), "chonk"),
+        (("steps = 2\nchunk", "chunk"), r"stage\[1\].steps: expected a value, got none"),
+        (("chunk = 32", "chonk = 32"), r"stage\[1\].chonk: expected one of steps, "),
     ],
 )
 def test_bad_recipes(tmp_path, change, message):
     with pytest.raises(InputError, match=message):
-        Recipe.load(write_recipe(tmp_path, RECIPE.replace(*change)))
+        PretrainRecipe.load(write_recipe(tmp_path, RECIPE.replace(*change)))
 
 
 def test_missing_books_are_named(tmp_path):
     with pytest.raises(InputError, match="expected the recipe's books, got no book.txt"):
-        pretrain(write_recipe(tmp_path), tmp_path, tmp_path / "run")
+        Pretraining.train(write_recipe(tmp_path), tmp_path / "run", books=tmp_path)
 
 
 def test_offset_heads_look_back():

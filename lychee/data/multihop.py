@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Multi-hop question answering over invented worlds, hidden in long texts, as task samples.
+
+All questions of a text share its world: the facts of one are distractors of the others. Facts stand
+in any order and at any place.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lychee.data.filler import Count, Filler, plant
+from lychee.data.task import TaskSample, of_split
+from lychee.data.worlds import World, WorldQuestion
+from lychee.errors import InputError
+
+# Task names and how each one's questions are made.
+TASKS = {
+    "hops_1": ("bridge", 1),
+    "hops_2": ("bridge", 2),
+    "hops_3": ("bridge", 3),
+    "hops_4": ("bridge", 4),
+    "comparison": ("comparison", 2),
+}
+QUESTIONS_PER_WORLD = 8
+
+
+@dataclass
+class MultiHopMaker:
+    """Makes samples; the same arguments give the same samples.
+
+    Attributes:
+        words: values of facts that lead to a word.
+        count: tokens of a text.
+        books: texts for the filler; generated sentences where there are none.
+        split: train, validation or test: names and filler that no other split has.
+        distractors: facts that no question needs, per question.
+    """
+
+    words: Sequence[str]
+    count: Count
+    books: Sequence[str] = ()
+    split: str = "test"
+    seed: int = 0
+    distractors: int = 2
+    filler: Filler | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        self.words = of_split(self.words, self.split)
+        if len(self.words) < 16:
+            raise InputError(
+                f"words: expected at least 16 of the {self.split} split, got {len(self.words)}",
+                "give more or longer books",
+            )
+
+    def make(
+        self, task: str, tokens: int, index: int = 0, questions: int = 1, **difficulty: Any
+    ) -> list[TaskSample]:
+        """`questions` about text number `index` of at most `tokens` tokens; they share it.
+
+        `difficulty`: `distractors` in place of the maker's own. Fewer than `questions` where the
+        text does not hold so many.
+        """
+        if task not in TASKS:
+            raise InputError(f"task: expected one of {', '.join(TASKS)}, got {task!r}")
+        for name in difficulty.keys() - {"distractors"}:
+            raise InputError(f"{task}: expected the setting distractors, got {name!r}")
+        distractors = difficulty.get("distractors", self.distractors)
+        if not isinstance(distractors, int) or distractors < 0:
+            raise InputError(f"{task}: distractors: expected a number, got {distractors!r}")
+        draw = random.Random(f"{self.seed}/{self.split}/{task}/{tokens}/{index}")
+        asked, told, room = self._world(task, tokens, distractors, draw)
+        if not asked:
+            raise InputError(f"{task}: expected a longer text, got {tokens} tokens")
+        order = draw.sample(told, len(told))
+        context, spans = plant(self._filler().draw(room, draw), order, draw)
+        where = dict(zip(order, spans, strict=True))
+        kind, hops = TASKS[task]
+        details = {"tokens": tokens, "index": index, "split": self.split}
+        details |= {"kind": kind, "hops": hops, "distractors": distractors}
+        return [
+            TaskSample(
+                task,
+                context,
+                question.text,
+                (question.answer,),
+                tuple(where[fact.statement] for fact in question.facts),
+                "exact_match",
+                details,
+            )
+            for question in asked[:questions]
+        ]
+
+    def _world(
+        self, task: str, tokens: int, distractors: int, draw: random.Random
+    ) -> tuple[list[WorldQuestion], list[str], int]:
+        """Questions, all statements of their world, and the tokens left for filler."""
+        kind, hops = TASKS[task]
+        world = World(self.words, draw, self.split)
+        asked: list[WorldQuestion] = []
+        told: list[str] = []
+        room = tokens
+        for _ in range(QUESTIONS_PER_WORLD):
+            question = world.comparison() if kind == "comparison" else world.bridge(hops)
+            facts = [*question.facts, *(world.distractor(question) for _ in range(distractors))]
+            statements = [fact.statement for fact in facts]
+            size = sum(self.count(" " + statement) for statement in statements)
+            if size > room:
+                break
+            room -= size
+            asked.append(question)
+            told += statements
+        return asked, told, room
+
+    def _filler(self) -> Filler:
+        if self.filler is None:
+            if self.books:
+                self.filler = Filler.of_books(self.books, self.count, self.split)
+            else:
+                self.filler = Filler.generated(self.count, self.split, self.seed)
+        return self.filler

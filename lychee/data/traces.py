@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Working-memory traces: reading turns about needles and about chains of facts in invented worlds.
+
+The working memory after any chunk is known exactly: the entities of the chain found so far, and
+"none" where the next one is missing. Every chunk is asked about many states at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from lychee.data.needles import NeedleMaker
+from lychee.data.recall import Mixture, RecallBatch, RecallSampler, Turn, pad_turns
+from lychee.data.worlds import Fact, World, WorldQuestion
+
+
+@dataclass(frozen=True)
+class TraceMixture(Mixture):
+    """Shares that make up a batch of traces, next to those of needles.
+
+    Attributes:
+        worlds: of chunks about a world; the others hold needles alone.
+        rare: of chunks whose needles use words of several tokens, too.
+        hops: weights of chains of one, two, three ... facts.
+        comparisons: of a world's questions that compare two entities.
+        progress: of a world's turns in which the chunk tells the next fact of the chain.
+    """
+
+    worlds: float = 0.65
+    rare: float = 0.3
+    hops: tuple[float, ...] = (1, 3, 1)
+    comparisons: float = 0.0
+    progress: float = 0.5
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A question, and which of its facts the chunk tells."""
+
+    question: WorldQuestion
+    told: tuple[bool, ...]
+
+
+class TraceSampler(RecallSampler):
+    """Draws batches of traces in the form of `RecallSampler`."""
+
+    def __init__(self, *arguments, rare_words: list[str]):
+        """Arguments of `RecallSampler`, and words of several tokens, see `word_list`."""
+        super().__init__(*arguments)
+        self.rare_maker = NeedleMaker(self.maker.words + rare_words, self.random)
+
+    def batch(
+        self,
+        size: int,
+        chunk: int,
+        questions: int,
+        facts: tuple[int, int],
+        mixture: TraceMixture,
+    ) -> RecallBatch:
+        chunks, turns, final = [], [], []
+        for _ in range(size):
+            rare = self.random.random() < mixture.rare
+            self.maker = self.rare_maker if rare else self.makers[False]
+            self.maker.numbers = mixture.numbers
+            about_world = self.random.random() < mixture.worlds
+            fill = self.world_chunk if about_world else self.needle_chunk
+            ids, new, last = fill(chunk, questions, facts, mixture)
+            chunks.append(ids)
+            turns += new
+            final += last
+        inputs, labels = pad_turns(turns)
+        final_inputs, final_labels = pad_turns(final)
+        cases = [turn.case for turn in turns]
+        return RecallBatch(torch.tensor(chunks), inputs, labels, cases, final_inputs, final_labels)
+
+    def needle_chunk(
+        self, length: int, questions: int, facts: tuple[int, int], mixture: TraceMixture
+    ) -> tuple[list[int], list[Turn], list[Turn]]:
+        count = self.random.randint(*facts)
+        ids, needles = self.chunk(length, [self.maker.make() for _ in range(count)])
+        turns = [self.update_turn(needles, mixture) for _ in range(questions)]
+        return ids, turns, [self.final_turn() for _ in range(max(1, questions // 8))]
+
+    def world_chunk(
+        self, length: int, questions: int, facts: tuple[int, int], mixture: TraceMixture
+    ) -> tuple[list[int], list[Turn], list[Turn]]:
+        """A chunk that tells parts of some chains, distractors and some needles."""
+        draw = self.random
+        world = World(self.maker.words, draw)
+        room = draw.randint(*facts)
+        asked = [self.world_question(world, mixture) for _ in range(max(2, (room + 1) // 2))]
+        told = []
+        # The last question is about nothing that the chunk tells, but for its distractors.
+        for question in asked[:-1]:
+            told += [fact for fact in question.facts if draw.random() < 0.6]
+        while len(told) < room:
+            if draw.random() < 0.6:
+                told.append(world.distractor(draw.choice(asked)))
+            else:
+                told.append(self.maker.make())
+        draw.shuffle(told)
+        ids, kept = self.chunk(length, told[:room])
+        chains = [Chain(question, tuple(f in kept for f in question.facts)) for question in asked]
+        needles = [needle for needle in kept if not isinstance(needle, Fact)]
+        turns = []
+        for _ in range(questions):
+            if needles and draw.random() < 0.2:
+                turns.append(self.update_turn(needles, mixture))
+            else:
+                turns.append(self.world_turn(world, chains, mixture))
+        final = [self.world_final(world, draw.choice(asked)) for _ in range(max(1, questions // 8))]
+        return ids, turns, final
+
+    def world_question(self, world: World, mixture: TraceMixture) -> WorldQuestion:
+        if self.random.random() < mixture.comparisons:
+            return world.comparison()
+        (hops,) = self.random.choices(range(1, len(mixture.hops) + 1), mixture.hops)
+        return world.bridge(hops)
+
+    def world_turn(self, world: World, chains: list[Chain], mixture: TraceMixture) -> Turn:
+        """One of the questions at a state of its notes, where the chunk helps or does not."""
+        draw = self.random
+        helped = draw.random() < mixture.progress
+        states = [
+            (chain, known)
+            for chain in chains
+            for known in self.states(chain.question)
+            if any(t and not k for t, k in zip(self.usable(chain, known), known, strict=True))
+            == helped
+        ]
+        if not states:
+            return self.world_turn(world, chains, mixture)
+        chain, known = draw.choice(states)
+        question = chain.question
+        if question.kind == "bridge":
+            question = world.reword(question)
+        usable = self.usable(chain, known)
+        after = tuple(k or t for k, t in zip(known, usable, strict=True))
+        notes = self.world_notes(question, known)
+        if not any(known) and draw.random() < 0.5:
+            notes = self.prompts.no_memory
+        case = "kept" if all(known) else f"hops{sum(after) - sum(known)}"
+        prompt = self.prompts.update.render(self.tokenizer.encode(question.text), notes)
+        return Turn(prompt, [*self.world_notes(question, after), self.end], case)
+
+    @staticmethod
+    def states(question: WorldQuestion) -> list[tuple[bool, ...]]:
+        """The facts that may be known at once: the first ones of a bridge, any of a comparison."""
+        count = len(question.facts)
+        if question.kind == "bridge":
+            return [(True,) * n + (False,) * (count - n) for n in range(count + 1)]
+        return [(a, b) for a in (False, True) for b in (False, True)]
+
+    @staticmethod
+    def usable(chain: Chain, known: tuple[bool, ...]) -> tuple[bool, ...]:
+        """The facts told by the chunk that connect to what is known."""
+        if chain.question.kind == "comparison":
+            return chain.told
+        reached, usable = True, []
+        for told, noted in zip(chain.told, known, strict=True):
+            usable.append(told and reached)
+            reached = reached and (told or noted)
+        return tuple(usable)
+
+    def world_notes(self, question: WorldQuestion, known: tuple[bool, ...]) -> list[int]:
+        """Notes as token ids: the entities found, "none" for what is missing."""
+        facts = question.facts
+        if question.kind == "comparison":
+            ids = []
+            for fact, noted in zip(facts, known, strict=True):
+                ids += self.encode_notes(fact.subject, fact.object if noted else None)
+            return ids
+        ids = self.tokenizer.encode(" " + facts[0].subject)
+        for fact, noted in zip(facts, known, strict=True):
+            ids += self.encode_value(fact.object if noted else None)
+            if not noted:
+                break
+        return ids
+
+    def world_final(self, world: World, question: WorldQuestion) -> Turn:
+        """The answer from complete notes, or "none" from others."""
+        states = self.states(question)
+        known = states[-1] if self.random.random() < 0.8 else self.random.choice(states[:-1])
+        if question.kind == "bridge":
+            question = world.reword(question)
+        prompt = self.prompts.answer.render(
+            self.tokenizer.encode(question.text), self.world_notes(question, known)
+        )
+        target = self.encode_value(question.answer if all(known) else None)
+        return Turn(prompt, [*target, self.end], "final")

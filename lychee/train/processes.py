@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One training run in several processes, started by `accelerate launch` or `torchrun`.
+
+Every process draws the same batch from the same seed and computes its own part of it, so that a run
+gives the same losses in any number of processes. Either every process holds all weights (DDP), or
+weights, gradients and optimiser state are spread over the processes (FSDP2).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from lychee.errors import InputError
+
+
+class LossModule(nn.Module):
+    """The modules in training, with a run's loss as the forward pass that is wrapped."""
+
+    def __init__(self, modules: nn.ModuleDict, loss: Callable[[Any], tuple[Tensor, dict]]):
+        super().__init__()
+        self.modules_in_training = modules
+        self.loss = loss
+
+    def forward(self, batch: Any) -> tuple[Tensor, dict]:
+        return self.loss(batch)
+
+
+class Processes:
+    """The processes of this run; a run that nobody launched as several has one."""
+
+    def __init__(self, device: str = "auto", shard: bool = False):
+        """`shard` spreads the weights; `accelerate launch --use_fsdp` asks for it as well."""
+        environment = os.environ
+        self.count = int(environment.get("WORLD_SIZE", "1"))
+        self.rank = int(environment.get("RANK", "0"))
+        local = int(environment.get("LOCAL_RANK", "0"))
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+        if device != "auto":
+            kind = device
+        self.device = torch.device(f"cuda:{local}" if kind == "cuda" else kind)
+        self.shard = shard or environment.get("ACCELERATE_USE_FSDP", "") == "true"
+        if self.count == 1:
+            self.shard = False
+            return
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes the files."""
+        return self.rank == 0
+
+    def wait(self) -> None:
+        if self.count > 1:
+            dist.barrier()
+
+    def wrap(self, modules: nn.ModuleDict, loss: Callable) -> nn.Module:
+        """A module that computes `loss` of a batch's part and averages gradients over processes."""
+        module = LossModule(modules, loss)
+        if self.count == 1:
+            return module
+        if self.shard:
+            return fully_shard(module)
+        # Nothing reads the last layer's memory queries, so a few parameters get no gradient.
+        return DistributedDataParallel(module, broadcast_buffers=False, find_unused_parameters=True)
+
+    def part(self, batch: Any) -> Any:
+        """This process's part of a batch, by the batch's method `part(index, count)`."""
+        if self.count == 1:
+            return batch
+        part = batch.part(self.rank, self.count)
+        if part is None:
+            raise InputError(f"batch: expected a row for each of {self.count} processes, got fewer")
+        return part
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Sum over processes, without gradient."""
+        if self.count == 1:
+            return value.detach()
+        total = value.detach().clone()
+        dist.all_reduce(total)
+        return total
+
+    def mean(self, total: Tensor, count: int) -> Tensor:
+        """Mean over the rows of every process, as this process's part of the loss.
+
+        Args:
+            total: [] sum over this process's rows (or tokens), 0 where it has none.
+            count: number of them.
+
+        Gradients are averaged over processes, so the parts' average, not their sum, is the mean.
+        """
+        if self.count == 1:
+            return total / max(1, count)
+        everywhere = self.sum(torch.tensor(float(count), device=total.device)).clamp_(min=1)
+        return total * (self.count / everywhere)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Picklable values of every process, in order of rank."""
+        if self.count == 1:
+            return [value]
+        values: list[Any] = [None] * self.count
+        dist.all_gather_object(values, value)
+        return values
+
+    def whole(self, value: Any) -> Any:
+        """A tensor as it would be in one process, on the CPU; spread ones only where `first`."""
+        if isinstance(value, DTensor):
+            full = value.detach().full_tensor()
+            return full.cpu() if self.first else full.new_empty(0)
+        return value.detach().cpu() if isinstance(value, Tensor) else value
+
+    @staticmethod
+    def like(value: Any, other: Any) -> Any:
+        """`value`, a whole tensor, spread over the processes as `other` is."""
+        if isinstance(other, DTensor) and isinstance(value, Tensor) and value.dim():
+            return distribute_tensor(value.to(other.device), other.device_mesh, other.placements)
+        return value
+
+    @contextmanager
+    def unsharded(self, module: nn.Module) -> Iterator[None]:
+        """Whole weights inside a wrapped module, for work outside its forward pass."""
+        if isinstance(module, FSDPModule):
+            module.unshard()
+        try:
+            yield
+        finally:
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def leave(self) -> None:
+        if self.count > 1 and dist.is_initialized():
+            dist.destroy_process_group()

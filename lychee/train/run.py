@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loop of every kind of training: steps, checkpoints, metrics, and an end that can be resumed.
+
+A kind of training is a subclass of `TrainingRun` with its own recipe, `sample` and `loss`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+import time
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, Self
+
+import torch
+from torch import Tensor, nn
+
+from lychee.errors import InputError, TrainingError
+from lychee.memory_model import LycheeMemory
+from lychee.train.checkpoint import capture, check_state, load_state, restore, save_state
+from lychee.train.metrics import Averages, MetricsLog, Value
+from lychee.train.processes import Processes
+from lychee.train.recipe import Recipe
+from lychee.train.start import identity, load_books, starting_model
+
+
+class Batch(Protocol):
+    """What `sample` returns; a dataclass whose tensors move to the run's device."""
+
+    def part(self, index: int, count: int) -> Self | None:
+        """The rows of process `index` of `count`, or None where it has none."""
+
+
+class TrainingRun:
+    """State of one run; `run` goes from wherever it stands to the recipe's last step.
+
+    Subclasses set `kind` and `recipe_type`, build what they need in `prepare`, and override
+    `sample` and `loss`. All that they draw comes from `random`, whose state is saved, or from
+    torch's generator, whose state is saved as well.
+
+    Attributes:
+        model: LycheeMemory in training, with `decoder`, `tokenizer`, `compressor`, `reasoner`.
+        texts: contents of the recipe's books.
+        modules: what is trained and saved; `prepare` may add to it.
+        processes: the processes that share this run.
+    """
+
+    kind: ClassVar[str] = ""
+    recipe_type: ClassVar[type[Recipe]] = Recipe
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: Path,
+        *,
+        books: Path | None = None,
+        start: Path | None = None,
+        device: str = "auto",
+        shard: bool = False,
+    ):
+        torch.set_num_threads(recipe.threads)
+        self.recipe, self.folder, self.step, self.seconds = recipe, folder, 0, 0.0
+        self.processes = Processes(device, shard)
+        self.device = self.processes.device
+        folder.mkdir(parents=True, exist_ok=True)
+        self.random = random.Random(recipe.seed)
+        self.texts = load_books(books, recipe.books)
+        if not self.processes.first:
+            self.processes.wait()
+        self.model: LycheeMemory = starting_model(recipe, self.texts, folder, start)
+        if self.processes.first:
+            self.processes.wait()
+        self.decoder, self.tokenizer = self.model.decoder, self.model.tokenizer
+        self.identity = identity(self.model)
+        self.modules = nn.ModuleDict({"decoder": self.decoder})
+        self.averages = Averages()
+        self.prepare()
+        for name, parameter in self.modules.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and self.trains(name))
+        self.modules.to(self.device)
+        self.wrapped = self.processes.wrap(self.modules, self.loss)
+        self.optimizer = torch.optim.AdamW(
+            list(self.trained_parameters().values()),
+            betas=recipe.betas,
+            weight_decay=recipe.weight_decay,
+        )
+
+    def prepare(self) -> None:
+        """Build samplers and further modules; here files of questions would be read as well."""
+
+    def trains(self, name: str) -> bool:
+        """Whether the parameter `name` ("decoder.model.norm.weight") is trained."""
+        return True
+
+    def sample(self) -> Batch:
+        """The next batch, the same in every process."""
+        raise NotImplementedError
+
+    def loss(self, batch: Any) -> tuple[Tensor, dict[str, Value]]:
+        """Loss of this process's part of a batch, and metrics of it.
+
+        Means over rows or tokens go through `processes.mean`, which counts every process's.
+        """
+        raise NotImplementedError
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold beyond weights, optimiser and generators; plain values."""
+        return {}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take back what `state` returned."""
+
+    def export(self) -> None:
+        """Write the model folder of a finished run."""
+        dtype = getattr(torch, self.recipe.export)
+        with self.processes.unsharded(self.wrapped):
+            if self.processes.first:
+                self.decoder.eval()
+                self.model.save_pretrained(self.folder / "model", dtype)
+                self.decoder.train()
+        self.processes.wait()
+
+    def train_step(self) -> dict[str, Value]:
+        """One step; returns its metrics."""
+        return self.update(self.sample())
+
+    def update(self, batch: Any) -> dict[str, Value]:
+        """One step of the optimiser on a batch that every process holds; returns its metrics.
+
+        Raises:
+            TrainingError: loss or gradient is not finite; the batch is saved, no weight moved.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.learning_rate_at(self.step)
+        part = to_device(self.processes.part(batch), self.device)
+        loss, metrics = self.wrapped(part)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        parameters = list(self.trained_parameters().values())
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.recipe.clip)
+        found = {
+            "loss": self.processes.sum(loss).item() / self.processes.count,
+            "grad_norm": float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm),
+        }
+        if not all(math.isfinite(value) for value in found.values()):
+            self.stop_on(batch, found)
+        self.optimizer.step()
+        return metrics | found
+
+    def stop_on(self, batch: Any, found: dict[str, float]) -> None:
+        """Save a batch whose loss or gradient is not finite, and raise TrainingError."""
+        path = self.folder / "failed_batch.pt"
+        if self.processes.first:
+            fields = dataclasses.asdict(batch) if dataclasses.is_dataclass(batch) else batch
+            torch.save({"step": self.step, "batch": fields} | found, path)
+        self.processes.wait()
+        values = ", ".join(f"{name} {value}" for name, value in found.items())
+        raise TrainingError(
+            f"step {self.step + 1}: expected a finite loss and gradient, got {values}",
+            f"study the batch in {path}; lower the learning rate and resume from the last save",
+        )
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        named = self.modules.named_parameters()
+        return {name: parameter for name, parameter in named if parameter.requires_grad}
+
+    @property
+    def state_path(self) -> Path:
+        return self.folder / "state.pt"
+
+    def description(self, step: int) -> dict[str, Any]:
+        """What a checkpoint of this run at `step` says about itself."""
+        recipe = self.recipe.begun(step)
+        return {"kind": self.kind, "model": self.identity, "recipe": recipe}
+
+    def save(self) -> None:
+        """Write the checkpoint from which a resumed run goes on to the same weights."""
+        state = self.description(self.step) | capture(self)
+        if self.processes.first:
+            save_state(self.state_path, state)
+        self.processes.wait()
+
+    def resume(self) -> None:
+        """Go to where the last checkpoint stands; CheckpointError if it is another run's."""
+        state = load_state(self.state_path)
+        check_state(self.state_path, state, self.description(state["step"]))
+        restore(self, state)
+
+    def run(self) -> None:
+        """Train to the recipe's last step, save, and write the model folder."""
+        log = MetricsLog(self.folder, self.step) if self.processes.first else None
+        while self.step < self.recipe.total_steps:
+            started = time.monotonic()
+            self.averages.add(self.train_step())
+            self.step += 1
+            self.seconds += time.monotonic() - started
+            if self.step % self.recipe.log_every == 0:
+                self.report(log)
+            if self.step % self.recipe.save_every == 0:
+                self.save()
+        self.save()
+        self.export()
+        if log is not None:
+            log.close()
+
+    def report(self, log: MetricsLog | None) -> None:
+        """One line of the averages since the last one, over all processes."""
+        sums = self.processes.gather(self.averages.sums)
+        self.averages = Averages()
+        if log is None:
+            return
+        everywhere = Averages()
+        everywhere.merge(sums)
+        left = (self.recipe.total_steps - self.step) * self.seconds / self.step
+        line = {"step": self.step, "seconds": round(self.seconds), "eta_s": round(left)}
+        line["lr"] = self.recipe.learning_rate_at(self.step)
+        log.write(line | {name: round(mean, 5) for name, mean in everywhere.take().items()})
+
+    @classmethod
+    def train(
+        cls,
+        config: Path,
+        folder: Path,
+        *,
+        books: Path | None = None,
+        start: Path | None = None,
+        resume: bool = False,
+        device: str = "auto",
+        shard: bool = False,
+        **changes: Any,
+    ) -> None:
+        """Train by a recipe's file into `folder`; what each `lychee train` command runs.
+
+        `resume` goes on from the last checkpoint, if there is one; `changes` replace fields of the
+        recipe.
+        """
+        recipe = dataclasses.replace(cls.recipe_type.load(config), **changes)
+        if (folder / "state.pt").exists() and not resume:
+            raise InputError(
+                f"{folder}: expected a folder without a run, got one with a checkpoint",
+                "add --resume, or choose another folder",
+            )
+        run = cls(recipe, folder, books=books, start=start, device=device, shard=shard)
+        try:
+            if run.state_path.exists():
+                run.resume()
+            run.run()
+        finally:
+            run.processes.leave()
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """A batch with its tensors on `device`: looks into dataclasses, lists, tuples and dicts."""
+    if device.type == "cpu":
+        return value
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        return dataclasses.replace(value, **{n: to_device(v, device) for n, v in fields.items()})
+    if isinstance(value, (list, tuple)):
+        return type(value)(to_device(item, device) for item in value)
+    if isinstance(value, dict):
+        return {name: to_device(item, device) for name, item in value.items()}
+    return value

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model that a training run starts with: from nothing, or from a model folder."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lychee.config import MemoryConfig, ModelConfig
+from lychee.errors import InputError
+from lychee.memory_model import SHIPPED_MODEL, LycheeMemory
+from lychee.tokenizer import TextTokenizer
+from lychee.train.initialise import new_decoder
+from lychee.train.recipe import Recipe
+from lychee.weights import load_decoder, read_config
+
+
+def load_books(folder: Path | None, patterns: tuple[str, ...]) -> list[str]:
+    """Texts that a recipe names in the folder of books: in its order, each once."""
+    if folder is None:
+        if patterns:
+            raise InputError(f"books: expected a folder that holds {patterns[0]}, got none")
+        return []
+    paths: dict[Path, None] = {}
+    for pattern in patterns or ("*.txt",):
+        found = sorted(path for path in folder.glob(pattern) if path.is_file())
+        if not found:
+            raise InputError(f"{folder}: expected the recipe's books, got no {pattern}")
+        paths |= dict.fromkeys(found)
+    return [path.read_text(encoding="utf-8", errors="replace") for path in paths]
+
+
+def new_model(recipe: Recipe, texts: list[str], folder: Path) -> LycheeMemory:
+    """A model from nothing; its tokenizer is trained on the texts and kept in the run's folder."""
+    if (folder / "tokenizer.json").is_file():
+        tokenizer = TextTokenizer.from_folder(folder)
+    elif texts:
+        tokenizer = TextTokenizer.train(texts, recipe.model["vocab_size"])
+        tokenizer.save(folder)
+    else:
+        raise InputError("books: expected texts to train the new model's tokenizer on, got none")
+    memory = memory_config(recipe.memory)
+    raw = recipe.model | memory.to_dict()
+    config = ModelConfig.from_dict(raw)
+    return LycheeMemory(new_decoder(config, memory.param, recipe.seed), tokenizer, raw, memory)
+
+
+def folder_model(recipe: Recipe, folder: Path) -> LycheeMemory:
+    """The model of a folder in float32, with the recipe's own memory settings.
+
+    A folder that never had a memory gets projections of its own for the recipe's `param`, q, k and
+    v if it names none, as copies of the ordinary ones.
+    """
+    raw = read_config(folder)
+    own = MemoryConfig.from_dict(raw)
+    settings = recipe.memory
+    if "lychee_memory_window" not in raw:
+        settings = {"param": ["q", "k", "v"]} | settings
+    memory = memory_config(settings, own)
+    decoder, trained = load_decoder(folder, raw, memory)
+    model = LycheeMemory(decoder.train(), TextTokenizer.from_folder(folder), raw, memory)
+    model.trained = trained
+    return model
+
+
+def memory_config(settings: dict[str, Any], own: MemoryConfig | None = None) -> MemoryConfig:
+    """[memory] of a recipe, over what a model folder says."""
+    values = dict(settings)
+    if "param" in values:
+        values["param"] = tuple(values["param"])
+    if own is not None and "window" in values and "chunk" not in values:
+        values["chunk"] = max(own.chunk, values["window"])
+    try:
+        return MemoryConfig(**values) if own is None else replace(own, **values)
+    except TypeError as error:
+        raise InputError(f"memory: expected fields of the memory, got: {error}") from error
+
+
+def starting_model(
+    recipe: Recipe, texts: list[str], folder: Path, start: Path | None
+) -> LycheeMemory:
+    """The model that `start` or the recipe asks for, in float32 and ready for training.
+
+    Args:
+        recipe: says where to start unless `start` does.
+        texts: to train a new model's tokenizer on.
+        folder: of the run.
+        start: model folder; refused beside a recipe with [model].
+    """
+    torch.manual_seed(recipe.seed)
+    if start is not None and recipe.model is not None:
+        raise InputError(f"start: expected none for a recipe with [model], got {start}")
+    if recipe.model is not None:
+        return new_model(recipe, texts, folder)
+    if start is None and recipe.start is None:
+        raise InputError("recipe: expected [model], start or --start DIR to start from, got none")
+    chosen = start if start is not None else Path(recipe.start)
+    shipped = start is None and recipe.start == "shipped"
+    return folder_model(recipe, SHIPPED_MODEL if shipped else chosen)
+
+
+def identity(model: LycheeMemory) -> dict[str, Any]:
+    """What a checkpoint must agree with: the decoder's shape and the memory's own projections."""
+    shape = vars(model.decoder.config)
+    return {name: value for name, value in shape.items()} | {"memory_param": model.memory.param}

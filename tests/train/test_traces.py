@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Worlds and working-memory traces: consistent, disjoint between splits, and right by the text."""
+
+import random
+
+import pytest
+
+from lychee.data.needles import word_list
+from lychee.data.task import SPLITS, split_of
+from lychee.data.traces import Chain, TraceMixture, TraceSampler
+from lychee.data.worlds import World
+from lychee.prompts import ReadingPrompts
+from lychee.tokenizer import END, TextTokenizer
+
+WORDS = [f"{first}{second}ing" for first in "bdfglmprst" for second in ("ar", "el", "on", "uck")]
+RARE = ["thoroughbred", "winter", "silver", "quartz"]
+TEXT = "It was a long day. Nobody came! Who would have thought so? The end came late. " * 40
+
+
+def world(split="train", seed=0):
+    return World(WORDS, random.Random(seed), split)
+
+
+@pytest.mark.parametrize("hops", [1, 2, 3, 4])
+def test_bridge_follows_its_facts(hops):
+    invented = world()
+    for _ in range(40):
+        question = invented.bridge(hops)
+        assert len(question.facts) == hops and question.answer == question.facts[-1].object
+        for fact in question.facts:
+            parts = (fact.subject, fact.relation, fact.object)
+            assert all(part in fact.statement for part in parts)
+        for first, second in zip(question.facts, question.facts[1:], strict=False):
+            assert second.subject == first.object
+        # The path names the relations from the last one to the first, then where it starts.
+        relations = [f"the {fact.relation} of " for fact in question.facts[::-1]]
+        assert "".join(relations) + question.facts[0].subject in question.text
+        assert question.answer not in question.text
+
+
+def test_comparison_is_answered_by_its_facts():
+    invented = world()
+    answers = set()
+    for _ in range(60):
+        question = invented.comparison()
+        first, second = question.facts
+        assert first.relation == second.relation and first.subject != second.subject
+        assert question.answer == ("yes" if first.object == second.object else "no")
+        answers.add(question.answer)
+    assert answers == {"yes", "no"}
+
+
+def test_a_world_never_contradicts_itself():
+    invented = world()
+    facts = []
+    for _ in range(60):
+        question = invented.bridge(2)
+        facts += [*question.facts, *(invented.distractor(question) for _ in range(4))]
+    stated = {}
+    for fact in facts:
+        assert stated.setdefault((fact.subject, fact.relation), fact.object) == fact.object
+    assert len(stated) == len(facts)
+    shared = [f.subject.split(" ")[1] for f in facts if " " in f.subject]
+    assert len(set(shared)) < len(shared)
+
+
+def test_splits_share_no_name():
+    names = {split: {world(split, seed).name() for seed in range(300)} for split in SPLITS}
+    assert all(split_of(name) == split for split in names for name in names[split])
+    assert not names["train"] & (names["validation"] | names["test"])
+    assert not names["validation"] & names["test"]
+    with pytest.raises(ValueError, match="split: expected one of train, validation, test, got 'x'"):
+        world("x")
+
+
+def test_same_seed_same_world():
+    assert world(seed=3).bridge(2) == world(seed=3).bridge(2)
+    assert world(seed=3).bridge(2) != world(seed=4).bridge(2)
+
+
+def test_word_list_by_number_of_tokens():
+    texts = ["tree house silver " * 4]
+    encode = {" tree": [0], " house": [0, 1], " silver": [0, 1, 2]}.__getitem__
+    assert word_list(texts, encode, lengths=range(2, 4)) == ["house", "silver"]
+
+
+@pytest.fixture(scope="module")
+def sampler():
+    texts = [TEXT + " ".join(WORDS * 20)]
+    tokenizer = TextTokenizer.train(texts, 600, number_repeats=0)
+    prompts = ReadingPrompts.of_checkpoint(
+        tokenizer,
+        {
+            "update": "{memory}<|question|>{question}<|update|>",
+            "answer": "{memory}<|question|>{question}<|answer|>",
+            "no_memory": " none",
+        },
+        [tokenizer.id_of(END)],
+    )
+    books = [tokenizer.encode(texts[0])]
+    return TraceSampler(tokenizer, prompts, books, WORDS * 10, 0, rare_words=RARE)
+
+
+def parts(sampler, turn):
+    """Notes, question and target of a world's turn as text."""
+    decode = sampler.tokenizer.backend.decode
+    notes, rest = decode(turn.prompt, skip_special_tokens=False).split("<|question|>")
+    question = rest.split("<|update|>")[0]
+    return notes.strip(), question, decode(turn.target).strip()
+
+
+def test_world_turns_advance_by_what_the_chunk_tells(sampler):
+    """Recompute every target from the statements in the chunk's text alone."""
+    cases = set()
+    for _ in range(60):
+        invented = World(WORDS, sampler.random)
+        asked = [invented.bridge(hops) for hops in (1, 2, 3)]
+        told = [
+            fact for question in asked for fact in question.facts if sampler.random.random() < 0.6
+        ]
+        told += [invented.distractor(asked[1]) for _ in range(2)]
+        ids, kept = sampler.chunk(700, told)
+        text = sampler.tokenizer.decode(ids)
+        chains = [Chain(q, tuple(fact in kept for fact in q.facts)) for q in asked]
+        for _ in range(8):
+            turn = sampler.world_turn(invented, chains, TraceMixture())
+            notes, question, target = parts(sampler, turn)
+            chain = next(q for q in asked if q.facts[0].subject in question)
+            found, noted = chain.facts[0].subject, True
+            for fact in chain.facts:
+                noted = noted and f"{found} {fact.object}" in notes
+                if not noted and fact.statement not in text:
+                    found += " none"
+                    break
+                found += " " + fact.object
+            assert target == found
+            cases.add(turn.case)
+    assert {"kept", "hops0", "hops1", "hops2"} <= cases
+
+
+def test_batches_hold_worlds_and_needles(sampler):
+    mixture = TraceMixture(worlds=0.5, rare=0.5, comparisons=0.2)
+    batch = sampler.batch(12, 300, 6, (1, 6), mixture)
+    assert batch.chunks.shape == (12, 300) and len(batch.turns) == len(batch.cases) == 72
+    assert {"found", "absent"} & set(batch.cases) and {"hops0", "hops1"} <= set(batch.cases)
+
+
+def test_comparison_notes_fill_in_any_order(sampler):
+    question = World(WORDS, random.Random(1)).comparison()
+    first, second = question.facts
+    states = {
+        sampler.tokenizer.decode(sampler.world_notes(question, known)).strip()
+        for known in sampler.states(question)
+    }
+    assert f"{first.subject} none {second.subject} {second.object}" in states
+    assert f"{first.subject} {first.object} {second.subject} none" in states
+    assert len(states) == 4
