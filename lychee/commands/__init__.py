@@ -5,6 +5,6 @@ Modules that import torch are imported inside the commands, so that help comes a
 """
 
 from lychee.commands import ask, demo, evaluate, training  # noqa: F401
-from lychee.commands.apps import Aborted, UsageProblem, app, evaluation, train
+from lychee.commands.apps import Aborted, UsageProblem, app, bench, train
 
-__all__ = ["Aborted", "UsageProblem", "app", "evaluation", "train"]
+__all__ = ["Aborted", "UsageProblem", "app", "bench", "train"]
