@@ -4,7 +4,7 @@
 Modules that import torch are imported inside the commands, so that help comes at once.
 """
 
-from lychee.commands import ask, demo, evaluate, training  # noqa: F401
+from lychee.commands import ask, demo, evaluate, reproduce, training  # noqa: F401
 from lychee.commands.apps import Aborted, UsageProblem, app, bench, train
 
 __all__ = ["Aborted", "UsageProblem", "app", "bench", "train"]

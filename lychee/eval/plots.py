@@ -31,14 +31,14 @@ def load_matplotlib() -> ModuleType:
     return pyplot
 
 
-def draw_all(cells: Sequence[Cell], folder: Path) -> list[Path]:
-    """Every plot that the cells have at least two points for; the files written."""
+def draw_all(cells: Sequence[Cell], folder: Path, names: Sequence[str] | None = None) -> list[Path]:
+    """Every plot, or those named, that the cells have at least two points for; their files."""
     pyplot = load_matplotlib()
     drawn = []
     for task in dict.fromkeys(cell["task"] for cell in cells):
         chosen = [cell for cell in cells if cell["task"] == task]
-        for name, draw in PLOTS.items():
-            figure = draw(pyplot, chosen)
+        for name in names or PLOTS:
+            figure = PLOTS[name](pyplot, chosen)
             if figure is None:
                 continue
             figure.axes[0].set_title(task)
@@ -50,13 +50,13 @@ def draw_all(cells: Sequence[Cell], folder: Path) -> list[Path]:
 
 def series(cells: Sequence[Cell], x: str, y: str, *fixed: str) -> dict[str, Points]:
     """Points of y over x for each combination of `fixed`, those with two points or more."""
-    found: dict[str, Points] = {}
+    found: dict[str, dict[Any, float]] = {}
     for cell in cells:
         if cell[x] is not None and cell[y] is not None:
             parts = [cell[name] for name in fixed]
             name = ", ".join(describe(n, part) for n, part in zip(fixed, parts, strict=True))
-            found.setdefault(name.strip(", "), []).append((cell[x], cell[y]))
-    return {name: sorted(points) for name, points in found.items() if len(points) > 1}
+            found.setdefault(name.strip(", "), {})[cell[x]] = cell[y]
+    return {name: sorted(points.items()) for name, points in found.items() if len(points) > 1}
 
 
 def describe(name: str, value: Any) -> str:

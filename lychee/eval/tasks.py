@@ -72,6 +72,13 @@ def task_names(names: str) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def generated_names(name: str) -> list[str]:
+    """One task that can be made at any length; InputError for any other."""
+    if name not in (known := ["needles", *RULER_TASKS]):
+        raise InputError(f"task: expected one of {', '.join(known)}, got {name!r}")
+    return [name]
+
+
 def task_cells(
     tasks: Sequence[str], lengths: Sequence[int], request: Request, tokenizer: TextTokenizer
 ) -> list[TaskCell]:
