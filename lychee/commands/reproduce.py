@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +19,7 @@ LENGTHS = (1024, 2048, 7168, 28672, 131072)
 FULL_LENGTHS = (524288, 1792000)
 RATIO_LENGTH = 7168
 QUESTIONS = 100
-QUICK = {"lengths": (512, 1024), "ratios": (4, 16), "ratio_length": 1024, "questions": 4}
+QUICK_LENGTHS, QUICK_RATIOS, QUICK_QUESTIONS = (512, 1024), (4, 16), 4
 
 
 @bench.command()
@@ -38,7 +37,9 @@ def reproduce(
     ratio: Annotated[
         list[int] | None, typer.Option(metavar="N", help="Repeatable; else 2, 4, 8 and 16.")
     ] = None,
-    questions: Annotated[int, typer.Option(min=1, help="Per length and method.")] = QUESTIONS,
+    questions: Annotated[
+        int | None, typer.Option(min=1, help="Per length and method; else 100.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of texts, facts and places.")] = 0,
     frozen: Annotated[
         list[Path] | None,
@@ -62,19 +63,18 @@ def reproduce(
     from lychee.eval.reproduce import Plan
     from lychee.eval.reproduce import reproduce as run
 
+    lengths = QUICK_LENGTHS if quick else LENGTHS + (FULL_LENGTHS if full else ())
     plan = Plan(
         task,
-        tuple(length or (LENGTHS + FULL_LENGTHS if full else LENGTHS)),
-        tuple(ratio or RATIOS),
-        RATIO_LENGTH,
-        questions,
+        tuple(length or lengths),
+        tuple(ratio or (QUICK_RATIOS if quick else RATIOS)),
+        QUICK_LENGTHS[-1] if quick else RATIO_LENGTH,
+        questions or (QUICK_QUESTIONS if quick else QUESTIONS),
         seed,
         tuple(frozen or ()),
         tuple(trained or ()),
         field,
     )
-    if quick:
-        plan = replace(plan, **QUICK)
     request = tasks.Request(tuple(books or ()), plan.questions, seed)
     names, load = tasks.generated_names(task), lambda at: load_model(model, at)
     tokenizer = load(None).tokenizer

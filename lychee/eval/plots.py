@@ -80,14 +80,34 @@ def crossover(first: Points, second: Points) -> float | None:
     return place if gaps and gaps[-1][1] < 0 else None
 
 
-def start(pyplot: ModuleType, x: str, y: str, *, lengths: bool = True):
+def start(pyplot: ModuleType, x: str, y: str, places: Sequence[float] | None = None):
+    """Figure and axes; with `places`, x is logarithmic and labelled there."""
     figure, axes = pyplot.subplots(figsize=(6, 4))
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(alpha=0.3)
-    if lengths:
+    if places is not None:
         axes.set_xscale("log", base=2)
+        places = sorted(set(places))
+        axes.set_xticks(places, [short(place) for place in places])
+        axes.minorticks_off()
     return figure, axes
+
+
+def short(number: float) -> str:
+    """1,024 as 1K."""
+    return f"{number:.0f}" if number < 1024 else f"{number / 1024:.3g}K"
+
+
+def places_of(lines: dict[str, Points]) -> list[float]:
+    return [x for points in lines.values() for x, _ in points]
+
+
+def use_log_scale(axes) -> None:
+    """Logarithmic y with plain numbers."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
 
 
 def accuracy_by_length(pyplot: ModuleType, cells: Sequence[Cell]):
@@ -95,7 +115,7 @@ def accuracy_by_length(pyplot: ModuleType, cells: Sequence[Cell]):
     lines = series(cells, "tokens", "score", "method", "ratio", "bank_dtype")
     if not lines:
         return None
-    figure, axes = start(pyplot, "tokens of text", cells[0]["metric"])
+    figure, axes = start(pyplot, "tokens of text", cells[0]["metric"], places_of(lines))
     intervals = {(cell["tokens"], cell["score"]): cell["interval_95"] for cell in cells}
     for name, points in lines.items():
         x, y = zip(*points, strict=True)
@@ -116,15 +136,15 @@ def cost_by_length(field: str, label: str, scale: float) -> Callable:
         lines = series(cells, "tokens", field, "method", "ratio", "bank_dtype")
         if not lines:
             return None
-        figure, axes = start(pyplot, "tokens of text", label)
-        axes.set_yscale("log")
+        figure, axes = start(pyplot, "tokens of text", label, places_of(lines))
+        use_log_scale(axes)
         ours = [points for name, points in lines.items() if name.startswith(OURS)]
         for name, points in lines.items():
             axes.plot(*zip(*((x, y * scale) for x, y in points), strict=True), "o-", label=name)
             if name.startswith(OURS) or len(ours) != 1:
                 continue
             if (place := crossover(ours[0], points)) is not None:
-                text = f"below {name} from {place:,.0f}"
+                text = f"below {name} from {place:,.0f} tokens"
                 axes.axvline(place, linestyle="--", color="grey", label=text)
         axes.legend()
         return figure
@@ -141,7 +161,8 @@ def score_by(field: str, label: str) -> Callable:
         lines = series(ours, field, "score", "length", other)
         if not lines:
             return None
-        figure, axes = start(pyplot, label, cells[0]["metric"], lengths=field == "ratio")
+        places = places_of(lines) if field == "ratio" else None
+        figure, axes = start(pyplot, label, cells[0]["metric"], places)
         for name, points in lines.items():
             axes.plot(*zip(*points, strict=True), "o-", label=name)
         axes.set_ylim(-0.02, 1.02)
@@ -157,8 +178,8 @@ def chunks_by_length(pyplot: ModuleType, cells: Sequence[Cell]):
     lines = series(ours, "tokens", "chunks_read", "method", "ratio", "bank_dtype")
     if not lines:
         return None
-    figure, axes = start(pyplot, "tokens of text", "chunks")
-    axes.set_yscale("log")
+    figure, axes = start(pyplot, "tokens of text", "chunks", places_of(lines))
+    use_log_scale(axes)
     for name, points in lines.items():
         axes.plot(*zip(*points, strict=True), "o-", label=f"read by {name}")
     every = sorted({cell["tokens"]: cell["chunks"] for cell in ours}.items())
@@ -170,7 +191,7 @@ def chunks_by_length(pyplot: ModuleType, cells: Sequence[Cell]):
 def draw_curves(curves: dict[str, Points], x: str, y: str, path: Path) -> None:
     """Lines by name into one file, for instance rewards by training step."""
     pyplot = load_matplotlib()
-    figure, axes = start(pyplot, x, y, lengths=False)
+    figure, axes = start(pyplot, x, y)
     for name, points in curves.items():
         axes.plot(*zip(*points, strict=True), label=name)
     axes.legend()
@@ -180,8 +201,8 @@ def draw_curves(curves: dict[str, Points], x: str, y: str, path: Path) -> None:
 
 PLOTS: dict[str, Callable] = {
     "accuracy": accuracy_by_length,
-    "time_from_nothing": cost_by_length("answer_seconds", "seconds, text included", 1.0),
-    "time_to_answer": cost_by_length("ask_seconds", "seconds, bank at hand", 1.0),
+    "time_from_nothing": cost_by_length("answer_seconds", "seconds, text read for it", 1.0),
+    "time_to_answer": cost_by_length("ask_seconds", "seconds, text read before", 1.0),
     "peak_memory": cost_by_length("peak_bytes", "peak MiB above idle", 2.0**-20),
     "accuracy_by_ratio": score_by("ratio", "raw tokens per memory token"),
     "accuracy_by_bank": score_by("bank_dtype", "type of the bank's numbers"),
