@@ -66,3 +66,22 @@ def pretrain(
     """Train compressor and reader together: language model, reconstruction, recall of facts."""
     options = {"books": books, "start": start, "resume": resume, "device": device, "shard": shard}
     run_kind("pretrain", config, out, **options)
+
+
+@train.command()
+def rl(
+    config: Config,
+    out: Out,
+    books: Books = None,
+    start: Start = None,
+    resume: Resume = False,
+    device: Where = Device.auto,
+    shard: Shard = False,
+    freeze_compressor: Annotated[
+        bool, typer.Option("--freeze-compressor", help="Keep the starting model's memory rows.")
+    ] = False,
+) -> None:
+    """Reinforcement learning of the whole reading loop from the answers alone."""
+    options = {"books": books, "start": start, "resume": resume, "device": device, "shard": shard}
+    changes = {"freeze_compressor": True} if freeze_compressor else {}
+    run_kind("rl", config, out, **options, **changes)
