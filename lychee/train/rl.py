@@ -113,7 +113,9 @@ class Reinforcement(TrainingRun):
         if self.step == 0:
             self.evaluate(0)
         experience, metrics = self.experience()
-        signalling = self.processes.sum(torch.tensor(float(experience.signal is not None)))
+        signalling = self.processes.sum(
+            torch.tensor(float(experience.signal is not None), device=self.device)
+        )
         for index in range(self.recipe.updates if signalling else 0):
             found = self.update(experience)
             gaps = {name for name in found if name.startswith("rollout_gap")}

@@ -169,9 +169,8 @@ def sample_turns(
         for turn, token, value in zip(live.tolist(), tokens.tolist(), chosen.tolist(), strict=True):
             written[turn].append(token)
             log_probs[turn].append(value)
-        going = torch.tensor([written[turn][-1] not in policy.prompts.stop for turn in live])
-        going = going.to(device)
-        if step + 1 == limit or not bool(going.any()):
+        going = [token not in policy.prompts.stop for token in tokens.tolist()]
+        if step + 1 == limit or not any(going):
             break
         live, row_of, tokens = live[going], row_of[going], tokens[going]
         pairs, row_of = torch.stack((row_of, tokens)).unique(dim=1, return_inverse=True)
@@ -189,10 +188,13 @@ def draw_tokens(
     """A token [turns] for every turn from its row of log-probabilities [rows, V]."""
     if not temperature:
         return scores.argmax(dim=-1)[row_of]
+    rows, size = scores.shape
     reached = scores.double().exp().cumsum(dim=-1)
-    drawn = torch.rand(len(row_of), 1, generator=generator, device=scores.device)
-    places = torch.searchsorted(reached[row_of], drawn * reached[row_of, -1:], right=True)
-    return places[:, 0].clamp_(max=scores.shape[-1] - 1)
+    # Row r covers the numbers from r to r + 1, each token as much of them as it is probable.
+    reached = reached / reached[:, -1:] + torch.arange(rows, device=scores.device)[:, None]
+    drawn = torch.rand(len(row_of), generator=generator, device=scores.device, dtype=torch.float64)
+    places = torch.searchsorted(reached.flatten(), row_of + drawn, right=True)
+    return (places - row_of * size).clamp_(max=size - 1)
 
 
 def turn_log_probs(
