@@ -26,6 +26,8 @@ class TraceMixture(Mixture):
         hops: weights of chains of one, two, three ... facts.
         comparisons: of a world's questions that compare two entities.
         progress: of a world's turns in which the chunk tells the next fact of the chain.
+        surnames: of a world's people with two names.
+        plain: of worlds in a single wording.
     """
 
     worlds: float = 0.65
@@ -33,6 +35,8 @@ class TraceMixture(Mixture):
     hops: tuple[float, ...] = (1, 3, 1)
     comparisons: float = 0.0
     progress: float = 0.5
+    surnames: float = 0.5
+    plain: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,8 @@ class TraceSampler(RecallSampler):
     ) -> tuple[list[int], list[Turn], list[Turn]]:
         """A chunk that tells parts of some chains, distractors and some needles."""
         draw = self.random
-        world = World(self.maker.words, draw)
+        plain = draw.random() < mixture.plain
+        world = World(self.maker.words, draw, surnames=mixture.surnames, plain=plain)
         room = draw.randint(*facts)
         asked = [self.world_question(world, mixture) for _ in range(max(2, (room + 1) // 2))]
         told = []

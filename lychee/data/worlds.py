@@ -9,7 +9,7 @@ two entities agree in one relation. Splits share no name.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lychee.data.task import SPLITS, split_of
 
@@ -90,11 +90,25 @@ class WorldQuestion:
 class World:
     """Facts that do not contradict each other; every random choice comes from one generator."""
 
-    def __init__(self, words: list[str], draw: random.Random, split: str = "train"):
-        """`words`: values of relations that lead to a word."""
+    def __init__(
+        self,
+        words: list[str],
+        draw: random.Random,
+        split: str = "train",
+        *,
+        surnames: float = 0.5,
+        plain: bool = False,
+    ):
+        """
+        Args:
+            words: values of relations that lead to a word.
+            surnames: share of people with two names.
+            plain: one wording for all statements and one for all questions, to start training with.
+        """
         if split not in SPLITS:
             raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
         self.words, self.random, self.split = words, draw, split
+        self.surnames, self.plain = surnames, plain
         self.objects: dict[tuple[str, str], str] = {}
         self.kinds: dict[str, str] = {}
 
@@ -108,19 +122,20 @@ class World:
                 return word
 
     def entity(self, kind: str, like: str | None = None) -> str:
-        """A new entity; a person `like` another shares the given or the family name."""
+        """A new entity; a person `like` one with two names shares one of them."""
         while True:
             if kind == "number":
                 return str(self.random.randrange(1_000_000, 10_000_000))
             if kind == "word":
                 return self.random.choice(self.words)
             name = self.name()
-            if kind == "person":
+            if kind == "person" and like is not None and " " in like:
                 pair = [name, self.name()]
-                if like is not None and self.kinds.get(like) == "person":
-                    side = self.random.randrange(2)
-                    pair[side] = like.split(" ")[side]
+                side = self.random.randrange(2)
+                pair[side] = like.split(" ")[side]
                 name = " ".join(pair)
+            elif kind == "person" and self.random.random() < self.surnames:
+                name += " " + self.name()
             if name not in self.kinds:
                 self.kinds[name] = kind
                 return name
@@ -128,9 +143,8 @@ class World:
     def fact(self, subject: str, relation: str, value: str) -> Fact:
         """State a fact; it holds in this world from now on."""
         self.objects[subject, relation] = value
-        statement = self.random.choice(STATEMENTS).format(
-            subject=subject, relation=relation, object=value
-        )
+        wording = STATEMENTS[0] if self.plain else self.random.choice(STATEMENTS)
+        statement = wording.format(subject=subject, relation=relation, object=value)
         return Fact(subject, relation, value, statement)
 
     def free_relations(self, subject: str, ends: tuple[str, ...]) -> list[tuple[str, str]]:
@@ -157,8 +171,11 @@ class World:
             value = self.entity(end)
             facts.append(self.fact(subject, relation, value))
             path, subject = f"the {relation} of {path}", value
-        text = self.random.choice(QUESTIONS).format(path=path)
-        return WorldQuestion("bridge", text, facts[-1].object, tuple(facts))
+        return WorldQuestion("bridge", self.ask(path), facts[-1].object, tuple(facts))
+
+    def ask(self, path: str) -> str:
+        """A question for what `path` leads to."""
+        return (QUESTIONS[0] if self.plain else self.random.choice(QUESTIONS)).format(path=path)
 
     def comparison(self) -> WorldQuestion:
         """Whether two people agree in a relation; they do in half of the questions."""
@@ -178,8 +195,7 @@ class World:
         path = question.facts[0].subject
         for fact in question.facts:
             path = f"the {fact.relation} of {path}"
-        text = self.random.choice(QUESTIONS).format(path=path)
-        return WorldQuestion(question.kind, text, question.answer, question.facts)
+        return replace(question, text=self.ask(path))
 
     def distractor(self, question: WorldQuestion) -> Fact:
         """A fact that the question does not need: another relation of one of its entities, or its

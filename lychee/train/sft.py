@@ -22,6 +22,8 @@ class SupervisedStage(PretrainStage):
     hops: tuple[float, ...] = TraceMixture.hops
     comparisons: float = TraceMixture.comparisons
     progress: float = TraceMixture.progress
+    surnames: float = TraceMixture.surnames
+    plain: float = TraceMixture.plain
 
     @property
     def mixture(self) -> TraceMixture:
