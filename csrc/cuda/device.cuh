@@ -6,6 +6,19 @@
 
 #include <cstdint>
 
+// Shared memory of a multiprocessor of an A100 or H100, in bytes; and what sm_89 and newer have,
+// the conversion of e4m3 in one instruction.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define LYCHEE_SHARED_OF_MULTIPROCESSOR (228 << 10)
+#else
+#define LYCHEE_SHARED_OF_MULTIPROCESSOR (164 << 10)
+#endif
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+#define LYCHEE_CONVERTS_E4M3 1
+#else
+#define LYCHEE_CONVERTS_E4M3 0
+#endif
+
 #if defined(__CUDACC__)
 
 #include <cuda_runtime.h>
@@ -135,9 +148,27 @@ LYCHEE_DEVICE uint32_t fma_f16x2(uint32_t a, uint32_t b, uint32_t c) {
   return d;
 }
 
-// Byte i of the result is byte (selector >> 4 i) & 7 of the eight bytes a, b (a lowest).
+// The larger magnitude, for both halves; no NaN.
+LYCHEE_DEVICE uint32_t max_magnitude_f16x2(uint32_t a, uint32_t b) {
+  uint32_t d;
+  asm("{.reg .b32 x, y; abs.f16x2 x, %1; abs.f16x2 y, %2; max.f16x2 %0, x, y;}"
+      : "=r"(d)
+      : "r"(a), "r"(b));
+  return d;
+}
+
+LYCHEE_DEVICE uint32_t negate_f16x2(uint32_t a) {
+  uint32_t d;
+  asm("neg.f16x2 %0,%1;" : "=r"(d) : "r"(a));
+  return d;
+}
+
+// Byte i of the result is byte (selector >> 4 i) & 7 of the eight bytes a, b (a lowest), or with
+// bit 3 set its sign in all eight bits.
 LYCHEE_DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
-  return __byte_perm(a, b, selector);
+  uint32_t d;
+  asm("prmt.b32 %0,%1,%2,%3;" : "=r"(d) : "r"(a), "r"(b), "r"(selector));
+  return d;
 }
 
 // Nearest even, limited to +-127; NaN gives 0.
@@ -224,11 +255,20 @@ LYCHEE_DEVICE uint32_t add_f16x2(uint32_t a, uint32_t b) { return fma_f16x2(a, 0
 // Adding -0 keeps the sign of a product that is zero.
 LYCHEE_DEVICE uint32_t mul_f16x2(uint32_t a, uint32_t b) { return fma_f16x2(a, b, 0x80008000u); }
 
+LYCHEE_DEVICE uint32_t max_magnitude_f16x2(uint32_t a, uint32_t b) {
+  a &= 0x7fff7fffu, b &= 0x7fff7fffu;
+  return std::max(a & 0xffffu, b & 0xffffu) | std::max(a >> 16, b >> 16) << 16;
+}
+
+LYCHEE_DEVICE uint32_t negate_f16x2(uint32_t a) { return a ^ 0x80008000u; }
+
 LYCHEE_DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t bytes = a | static_cast<uint64_t>(b) << 32;
   uint32_t result = 0;
   for (int i = 0; i < 4; ++i) {
-    const uint32_t byte = static_cast<uint32_t>(bytes >> ((selector >> (4 * i) & 7) * 8)) & 255;
+    const uint32_t choice = selector >> (4 * i);
+    uint32_t byte = static_cast<uint32_t>(bytes >> ((choice & 7) * 8)) & 255;
+    if (choice & 8) byte = byte & 128 ? 255 : 0;
     result |= byte << (8 * i);
   }
   return result;
@@ -260,12 +300,14 @@ LYCHEE_DEVICE void int8x4_to_float(uint32_t packed, float (&x)[4]) {
   x[3] = as_float(permute_bytes(biased, kTwoTo23, 0x7653)) - kBias;
 }
 
-// Exact: bytes 0, 1 and bytes 2, 3, each plus 128, become the last mantissa bits of 1024.
+// Exact: two bytes each, plus 128, become the last mantissa bits of 1024. The selectors name them
+// in places 0 and 2, and 4, the other half of 1024, in places 1 and 3.
+template <uint32_t kLow, uint32_t kHigh>
 LYCHEE_DEVICE void int8x4_to_f16x2(uint32_t packed, uint32_t& low, uint32_t& high) {
   constexpr uint32_t k1024 = 0x64646464u, kMinus1152 = 0xe480e480u;
   const uint32_t biased = packed ^ 0x80808080u;
-  low = add_f16x2(permute_bytes(biased, k1024, 0x4140), kMinus1152);
-  high = add_f16x2(permute_bytes(biased, k1024, 0x4342), kMinus1152);
+  low = add_f16x2(permute_bytes(biased, k1024, kLow), kMinus1152);
+  high = add_f16x2(permute_bytes(biased, k1024, kHigh), kMinus1152);
 }
 
 // Four values as signed bytes, x[0] lowest; symmetric: -128 is never produced.
@@ -275,21 +317,26 @@ LYCHEE_DEVICE uint32_t pack_int8x4(const float (&x)[4]) {
   return permute_bytes(low, high, 0x5410);
 }
 
-// Exact, NaN included: e4m3 bits shifted into an f16 stand for 2^-8 of the value.
+// The bits of two e4m3 bytes shifted into halves: 2^-8 of the values, exactly; NaN is as if its
+// code stood for 480. The selector names each byte and then its sign.
+template <uint32_t kSelector>
+LYCHEE_DEVICE uint32_t shift_e4m3x2(uint32_t packed) {
+  return permute_bytes(packed, 0, kSelector) << 7 & 0xbf80bf80u;
+}
+
+// Exact, NaN included.
 LYCHEE_DEVICE void e4m3x4_to_f16x2(uint32_t packed, uint32_t& low, uint32_t& high) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+#if LYCHEE_CONVERTS_E4M3
   asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.rn.f16x2.e4m3x2 %0, a; cvt.rn.f16x2.e4m3x2 %1, b;}"
       : "=r"(low), "=r"(high)
       : "r"(packed));
 #else
   constexpr uint32_t k256 = 0x5c005c00u;
-  uint32_t halves[2] = {permute_bytes(packed, 0, 0x1404), permute_bytes(packed, 0, 0x3424)};
+  uint32_t halves[2] = {shift_e4m3x2<0x9180>(packed), shift_e4m3x2<0xb3a2>(packed)};
   for (uint32_t& pair : halves) {
-    const uint32_t magnitude = pair & 0x7f007f00u;
-    const uint32_t value = mul_f16x2((pair & 0x80008000u) | magnitude >> 1, k256);
-    // Both NaN codes are 0x7f in seven bits: the carry into bit 15 marks them.
-    const uint32_t is_nan = (magnitude + 0x01000100u) & 0x80008000u;
-    pair = value | (is_nan - (is_nan >> 15));
+    // only both NaN codes carry into bit 14
+    const uint32_t is_nan = ((pair & 0x7fff7fffu) + 0x00800080u) >> 14 & 0x00010001u;
+    pair = mul_f16x2(pair, k256) | is_nan * 0x7fff;
   }
   low = halves[0];
   high = halves[1];
@@ -321,7 +368,7 @@ LYCHEE_DEVICE uint32_t round_to_e4m3(float x) {
 
 // Four values as e4m3 bytes, x[0] lowest.
 LYCHEE_DEVICE uint32_t pack_e4m3x4(const float (&x)[4]) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+#if LYCHEE_CONVERTS_E4M3
   uint32_t packed;
   asm("{.reg .b16 a, b; cvt.rn.satfinite.e4m3x2.f32 a, %2, %1; "
       "cvt.rn.satfinite.e4m3x2.f32 b, %4, %3; mov.b32 %0, {a, b};}"

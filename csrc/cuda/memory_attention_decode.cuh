@@ -7,13 +7,14 @@
 // score, that of a value its weight.
 #pragma once
 
+#include "cuda/memory_attention_elements.cuh"
 #include "cuda/memory_attention_merge.cuh"
-#include "cuda/memory_attention_turn.cuh"
+#include "cuda/memory_attention_queries.cuh"
 
 namespace lychee::cuda {
 
-// Where 8-bit banks are read, queries are limited to this, so that rotated ones fit fp16.
-constexpr float kLargestQuery = 32768.0f;
+// Bytes of shared memory that CUDA keeps of each block.
+constexpr int kReservedOfBlock = 1024;
 
 // What reading elements of one type takes in shared memory, in bytes.
 template <class Element, int D, bool kRotate>
@@ -24,10 +25,14 @@ struct DecodeLayout {
   static constexpr int kStages = kQuantised ? 3 : 2;
   static constexpr int kTable = kStages * 2 * kTileBytes;
   static constexpr int kTurn = kTable + (kRotate ? kTileKeys * D * 2 : 0);
-  static constexpr int kTurnBytes = kRotate ? D * 4 : 0;
+  static constexpr int kTurnBytes = kRotate ? turn_bytes(D) : 0;
   static constexpr int kScales = kTurn + kStages * kTurnBytes;
   static constexpr int kScaleBytes = kQuantised ? 2 * kTileKeys * 4 : 0;
-  static constexpr int kBytes = kScales + kStages * kScaleBytes;
+  static constexpr int kQueries = kScales + kStages * kScaleBytes;
+  static constexpr int kBytes = kQueries + (kRotate && kQuantised ? queries_bytes(D) : 0);
+  // Blocks of a multiprocessor that registers are limited for: 168 of them, 128 for four.
+  static constexpr int kFitting = LYCHEE_SHARED_OF_MULTIPROCESSOR / (kBytes + kReservedOfBlock);
+  static constexpr int kBlocks = !kRotate ? (D == 64 ? 4 : 3) : kFitting < 3 ? kFitting : 3;
 };
 
 // Shared memory of a block: for reading pages, the segment, and for the end.
@@ -58,54 +63,32 @@ struct DecodePass {
 
   const MemoryAttentionParams& p;
   const Source source;
+  const DecodeQueries<Query, Element, D, kRotate> queries;
   unsigned char* const shared;
   const int lane, warp, group, member;  // group, member: row and column pair of fragments
   const bool upper;                     // rows 8 .. 15 exist
   int limit[2];                         // last key of the segment that each row sees
-  uint32_t query[D / 16][4];
 
   LYCHEE_DEVICE DecodePass(const MemoryAttentionParams& params, const Work& work,
                            unsigned char* memory)
       : p(params),
         source(params, work, sizeof(Element)),
+        queries(params, work),
         shared(memory),
         lane(static_cast<int>(threadIdx.x) & 31),
         warp(static_cast<int>(threadIdx.x) >> 5),
         group(lane >> 2),
         member(lane & 3),
         upper(work.rows > 8) {
-    load_queries(work);
-  }
-
-  LYCHEE_DEVICE static float limited(float x) {
-    return x > kLargestQuery ? kLargestQuery : x < -kLargestQuery ? -kLargestQuery : x;
-  }
-
-  // Stays in the type of the queries where they are rotated later, so that they are rounded once.
-  LYCHEE_DEVICE void load_queries(const Work& work) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int row = group + r * 8;
-      const bool exists = row < work.rows;
-      const Row at = find_row(p, work, row);
-      limit[r] = last_key(p, at.token);
-      const uint16_t* q = static_cast<const uint16_t*>(p.q) + query_offset(p, work, at);
-#pragma unroll
-      for (int i = 0; i < D / 8; ++i) {
-        const int d = fragment_dimension<kQuantised>(i / 2, i % 2, member);
-        uint32_t pair = exists ? *reinterpret_cast<const uint32_t*>(q + d) : 0u;
-        if constexpr (kQuantised && !std::is_same_v<Query, Float16>) {
-          const float low = limited(Pair<Query>::low(pair));
-          const float high = limited(Pair<Query>::high(pair));
-          pair = kRotate ? Pair<Query>::pack(low, high) : pack_f16(low, high);
-        }
-        query[i / 2][i % 2 * 2 + r] = pair;
-      }
-    }
+    for (int r = 0; r < 2; ++r) limit[r] = last_key(p, find_row(p, work, group + r * 8).token);
   }
 
   LYCHEE_DEVICE unsigned char* stage_keys(int stage) const {
     return shared + stage * 2 * Layout::kTileBytes;
+  }
+
+  LYCHEE_DEVICE unsigned char* stage_turn(int stage) const {
+    return shared + Layout::kTurn + stage * Layout::kTurnBytes;
   }
 
   LYCHEE_DEVICE void start_copies(const Tile& tile, int stage) const {
@@ -117,27 +100,7 @@ struct DecodePass {
                   tile, p.scale_part_stride);
     }
     if constexpr (kRotate) {
-      copy_turn<D>(shared + Layout::kTurn + stage * Layout::kTurnBytes, p, tile.position);
-    }
-  }
-
-  // Queries of k-steps `step` and `step + kSteps`, turned back by the tile's position.
-  LYCHEE_DEVICE void turn_queries(int stage, int step, uint32_t (&low)[4],
-                                  uint32_t (&high)[4]) const {
-    const float* const cos =
-        reinterpret_cast<const float*>(shared + Layout::kTurn + stage * Layout::kTurnBytes);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int d = fragment_dimension<kQuantised>(step, half, member);
-      const float2 c = *reinterpret_cast<const float2*>(cos + d);
-      const float2 s = *reinterpret_cast<const float2*>(cos + D / 2 + d);
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const int i = half * 2 + r;
-        low[i] = query[step][i];
-        high[i] = query[step + kSteps][i];
-        if (r == 0 || upper) turn_queries_back<Query, Compute>(low[i], high[i], c, s);
-      }
+      copy_turn<D>(stage_turn(stage), p, tile.position);
     }
   }
 
@@ -152,8 +115,8 @@ struct DecodePass {
       load_matrix(raw, keys + swizzled<Layout::kRowBytes>(row, chunk));
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
-        unpack_f16<Element>(raw[n], low[n][0], low[n][1]);
-        unpack_f16<Element>(raw[n + 2], high[n][0], high[n][1]);
+        Halves<Element>::keys(raw[n], low[n][0], low[n][1]);
+        Halves<Element>::keys(raw[n + 2], high[n][0], high[n][1]);
       }
     } else {
       const int row = warp * 16 + (matrix >> 1) * 8 + (lane & 7);
@@ -171,30 +134,32 @@ struct DecodePass {
 
   // scores[n] is a fragment of the rows by keys n * 8 .. n * 8 + 7 of the warp.
   LYCHEE_DEVICE void compute_scores(int stage, float (&scores)[2][4]) const {
+    typename Halves<Element>::NanWatch watch[2];
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       uint32_t low[2][2], high[2][2];
       load_keys(stage_keys(stage), step, low, high);
-      if constexpr (kRotate) {
-        uint32_t turned_low[4], turned_high[4];
-        turn_queries(stage, step, turned_low, turned_high);
 #pragma unroll
-        for (int n = 0; n < 2; ++n) {
+      for (int n = 0; n < 2; ++n) {
+        watch[n].see(low[n][0]), watch[n].see(low[n][1]);
+        watch[n].see(high[n][0]), watch[n].see(high[n][1]);
+      }
+      uint32_t query_low[4], query_high[4];
+      queries.get(stage_turn(stage), shared + Layout::kQueries, step, query_low, query_high);
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        if constexpr (kRotate) {
           const uint4 turn = *reinterpret_cast<const uint4*>(
               shared + Layout::kTable + turn_offset<D>(warp * 16 + n * 8 + group, step, member));
           turn_keys<Compute>(low[n][0], high[n][0], turn.x, turn.z);
           turn_keys<Compute>(low[n][1], high[n][1], turn.y, turn.w);
-          Pair<Compute>::multiply(scores[n], turned_low, low[n]);
-          Pair<Compute>::multiply(scores[n], turned_high, high[n]);
         }
-      } else {
-#pragma unroll
-        for (int n = 0; n < 2; ++n) {
-          Pair<Compute>::multiply(scores[n], query[step], low[n]);
-          Pair<Compute>::multiply(scores[n], query[step + kSteps], high[n]);
-        }
+        Pair<Compute>::multiply(scores[n], query_low, low[n]);
+        Pair<Compute>::multiply(scores[n], query_high, high[n]);
       }
     }
+#pragma unroll
+    for (int n = 0; n < 2; ++n) watch[n].mark(scores[n]);
   }
 
   // Scales and masks the scores, then turns them into weights (a fragment for `add_values`), which
@@ -205,7 +170,8 @@ struct DecodePass {
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
       const int pair = n * 8 + member * 2;
-      float2 scale{p.scale_log2, p.scale_log2};
+      constexpr float kFactor = kRotate ? 1.0f : 1.0f / Halves<Element>::kKeyFactor;
+      float2 scale{p.scale_log2 * kFactor, p.scale_log2 * kFactor};
       if constexpr (kQuantised) {
         const float* const scales =
             reinterpret_cast<const float*>(shared + Layout::kScales + stage * Layout::kScaleBytes) +
@@ -270,8 +236,8 @@ struct DecodePass {
       for (int n = 0; n < 2; ++n) {
         if constexpr (kQuantised) {
           uint32_t even[2], odd[2];
-          unpack_f16<Element>(permute_bytes(raw[n * 2], 0, 0x3120), even[0], odd[0]);
-          unpack_f16<Element>(permute_bytes(raw[n * 2 + 1], 0, 0x3120), even[1], odd[1]);
+          Halves<Element>::values(raw[n * 2], even[0], odd[0]);
+          Halves<Element>::values(raw[n * 2 + 1], even[1], odd[1]);
           Pair<Compute>::multiply(state.out[j * 4 + n * 2], weights, even);
           Pair<Compute>::multiply(state.out[j * 4 + n * 2 + 1], weights, odd);
         } else {
@@ -311,7 +277,9 @@ struct DecodePass {
       copy_commit();
       if (begin + i + 1 < end) next = source.tile(begin + i + 1);
     }
-    if constexpr (kRotate) fill_turns<D, kQuantised>(p, shared + Layout::kTable);
+    if constexpr (kRotate) {
+      fill_turns<D, kQuantised>(p, shared + Layout::kTable, 1.0f / Halves<Element>::kKeyFactor);
+    }
     int stage = 0, free_stage = kAhead;
     for (int index = begin; index < end; ++index) {
       if (index + kAhead < end) {
@@ -322,6 +290,7 @@ struct DecodePass {
       // looked up one tile early: its copies need not wait for the tables
       if (index + kAhead + 1 < end) next = source.tile(index + kAhead + 1);
       copy_wait<kAhead>();
+      queries.share(stage_turn(stage), shared + Layout::kQueries);
       __syncthreads();
       attend(stage, index * kTileKeys, static_cast<uint32_t>(keep) & 0xffffu, state);
       keep >>= 16;
@@ -350,9 +319,11 @@ struct DecodePass {
       for (int j = 0; j < D / 8; j += 2) {
         const float *even = state.out[j] + r * 2, *odd = state.out[j + 1] + r * 2;
         if constexpr (kQuantised) {
-          constexpr float kFactor = 1.0f / kValueBoost;
+          using Values = Halves<Element>;
+          constexpr float kFactor = 1.0f / (kValueBoost * Values::kValueFactor);
           *reinterpret_cast<float4*>(out + j * 8 + member * 4) =
-              float4{even[0] * kFactor, odd[0] * kFactor, even[1] * kFactor, odd[1] * kFactor};
+              float4{Values::output(even[0]) * kFactor, Values::output(odd[0]) * kFactor,
+                     Values::output(even[1]) * kFactor, Values::output(odd[1]) * kFactor};
         } else {
           *reinterpret_cast<float2*>(out + j * 8 + member * 2) = float2{even[0], even[1]};
           *reinterpret_cast<float2*>(out + j * 8 + 8 + member * 2) = float2{odd[0], odd[1]};
@@ -380,7 +351,7 @@ LYCHEE_DEVICE void run_decode_pass(const MemoryAttentionParams& p, const Work& w
 
 // Grid: splits, kv heads, batch. kRotate: page keys, by p.cos and p.sin.
 template <class Query, class Element, int D, bool kRotate>
-__global__ void __launch_bounds__(kAttentionThreads)
+__global__ void __launch_bounds__(kAttentionThreads, DecodeLayout<Element, D, kRotate>::kBlocks)
     memory_attention_decode(const MemoryAttentionParams p) {
   LYCHEE_SHARED(shared);
   Work work;

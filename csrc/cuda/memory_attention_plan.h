@@ -1,6 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // How memory_attention cuts its work on a GPU: kernel, row blocks, splits of the keys. Plain
 // functions of sizes, without CUDA and without Torch, so that they are tested anywhere.
+//
+// No op computes a schedule of splits beforehand. The grid has room for the longest row that shapes
+// allow; each block finds its split from its row's number of pages on the device (find_work in
+// memory_attention_tiles.cuh), and blocks without one exit. So select_chunks has nothing to add, a
+// captured graph serves every selection, and a row's bits do not depend on the batch around it.
 #pragma once
 
 #include <cstdint>

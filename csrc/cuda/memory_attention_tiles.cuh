@@ -42,16 +42,6 @@ struct Pair<Float16> {
   }
 };
 
-// Four 8-bit elements as pairs of halves, exactly.
-template <class Element>
-LYCHEE_DEVICE void unpack_f16(uint32_t packed, uint32_t& low, uint32_t& high) {
-  if constexpr (std::is_same_v<Element, int8_t>) {
-    int8x4_to_f16x2(packed, low, high);
-  } else {
-    e4m3x4_to_f16x2(packed, low, high);
-  }
-}
-
 // One block's part: rows of one batch entry and kv head, and ranges of tiles. Rows are query tokens
 // x heads of the kv head, heads innermost.
 struct Work {

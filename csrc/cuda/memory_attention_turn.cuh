@@ -27,9 +27,9 @@ LYCHEE_DEVICE int turn_offset(int key, int step, int member) {
 }
 
 // Fills the table, D * 2 bytes per key of a tile. Row j holds the rotation at position j relative
-// to that at 0, so that the tables may start anywhere, and may be scaled.
+// to that at 0, so that the tables may start anywhere, and may be scaled; times `factor`.
 template <int D, bool kQuantised>
-LYCHEE_DEVICE void fill_turns(const MemoryAttentionParams& p, unsigned char* table) {
+LYCHEE_DEVICE void fill_turns(const MemoryAttentionParams& p, unsigned char* table, float factor) {
   constexpr int kChunks = D / 8;
   const int chunk = static_cast<int>(threadIdx.x) % kChunks;
   const int step = chunk / 4, member = chunk % 4;
@@ -45,8 +45,8 @@ LYCHEE_DEVICE void fill_turns(const MemoryAttentionParams& p, unsigned char* tab
       const float2 s0 = *reinterpret_cast<const float2*>(p.sin + d[half]);
       const float2 c = *reinterpret_cast<const float2*>(p.cos + row + d[half]);
       const float2 s = *reinterpret_cast<const float2*>(p.sin + row + d[half]);
-      const float x = 1.0f / (c0.x * c0.x + s0.x * s0.x);
-      const float y = 1.0f / (c0.y * c0.y + s0.y * s0.y);
+      const float x = factor / (c0.x * c0.x + s0.x * s0.x);
+      const float y = factor / (c0.y * c0.y + s0.y * s0.y);
       cosines[half] = pack_f16((c.x * c0.x + s.x * s0.x) * x, (c.y * c0.y + s.y * s0.y) * y);
       sines[half] = pack_f16((s.x * c0.x - c.x * s0.x) * x, (s.y * c0.y - c.y * s0.y) * y);
     }
@@ -61,7 +61,7 @@ template <class Compute>
 LYCHEE_DEVICE void turn_keys(uint32_t& low, uint32_t& high, uint32_t c, uint32_t s) {
   const uint32_t x = low, y = high;
   if constexpr (std::is_same_v<Compute, Float16>) {
-    low = fma_f16x2(x, c, mul_f16x2(y ^ 0x80008000u, s));
+    low = fma_f16x2(x, c, mul_f16x2(negate_f16x2(y), s));
     high = fma_f16x2(y, c, mul_f16x2(x, s));
   } else {
     const float c0 = f16_low(c), c1 = f16_high(c), s0 = f16_low(s), s1 = f16_high(s);
@@ -72,16 +72,19 @@ LYCHEE_DEVICE void turn_keys(uint32_t& low, uint32_t& high, uint32_t c, uint32_t
   }
 }
 
-// Starts copying the tables' rows at `position`, D * 4 bytes: cosines, then sines. The first warps
-// are busy with scales meanwhile.
+// The tables' rows at a position in shared memory: per step 16 cosines, then 16 sines.
+constexpr int kTurnStepBytes = 128;
+constexpr int turn_bytes(int dim) { return dim / 32 * kTurnStepBytes; }
+
+// Starts copying the tables' rows at `position`. A warp each has the cosines and sines of one step
+// for all lanes, so that the warp that turns the queries of a step has copied what it needs.
 template <int D>
 LYCHEE_DEVICE void copy_turn(unsigned char* shared, const MemoryAttentionParams& p, int position) {
-  constexpr int kChunks = D / 8;
-  const int chunk = static_cast<int>(threadIdx.x) - kAttentionThreads / 2;
-  if (chunk < 0 || chunk >= 2 * kChunks) return;
-  const float* const table = chunk < kChunks ? p.cos : p.sin;
-  copy_async(shared + chunk * 16,
-             table + static_cast<int64_t>(position) * (D / 2) + chunk % kChunks * 4, true);
+  const int step = static_cast<int>(threadIdx.x) >> 5, lane = static_cast<int>(threadIdx.x) & 31;
+  if (step >= D / 32 || lane >= 8) return;
+  const float* const table = lane < 4 ? p.cos : p.sin;
+  copy_async(shared + step * kTurnStepBytes + lane * 16,
+             table + static_cast<int64_t>(position) * (D / 2) + step * 16 + lane % 4 * 4, true);
 }
 
 // Pairs of two queries' dimensions d and d + D / 2, turned back by cosines c and sines s.

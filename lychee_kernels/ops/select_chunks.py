@@ -35,6 +35,8 @@ def select_chunks(scores, threshold, max_chunks, chunk_pages, chunk_tokens, page
         page_base: [B, K * n], new position of each page's first token, padded with 0.
         num_pages, num_tokens, num_chunks: [B], entries in use.
         chunks: [B, K], selected chunks, padded with -1.
+        That is all that memory_attention needs: it splits the pages over a GPU by each row's
+        num_pages, on the device, so there is no schedule to hand over and no wait for the host.
 
     Raises:
         RuntimeError: shape, dtype, device, or tokens of a selected chunk out of range; message

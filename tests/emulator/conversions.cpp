@@ -36,14 +36,14 @@ EMULATOR_CASE(int8_is_exact) {
   for (int code = 0; code < 256; ++code) {
     const uint32_t packed = code | (code ^ 0x5a) << 8 | (255 - code) << 16 | 0x80000000u;
     float x[4];
-    uint32_t low, high;
+    uint32_t even, odd;
     int8x4_to_float(packed, x);
-    int8x4_to_f16x2(packed, low, high);
+    int8x4_to_f16x2<0x4240, 0x4341>(packed, even, odd);
     for (int i = 0; i < 4; ++i) {
       const auto value = static_cast<float>(static_cast<int8_t>(packed >> (8 * i)));
-      const uint32_t pair = i < 2 ? low : high;
+      const uint32_t pair = i % 2 ? odd : even;
       expect(x[i] == value, std::to_string(value) + " as float");
-      expect((i % 2 ? f16_high(pair) : f16_low(pair)) == value, std::to_string(value) + " as half");
+      expect((i < 2 ? f16_low(pair) : f16_high(pair)) == value, std::to_string(value) + " as half");
     }
   }
 }
@@ -65,6 +65,17 @@ EMULATOR_CASE(e4m3_is_exact) {
     expect(same(x[0], e4m3_value(code)), "code " + std::to_string(code) + " in byte 0");
     expect(same(x[1], e4m3_value(code ^ 0x80)), "code " + std::to_string(code ^ 0x80));
     expect(x[2] != x[2] && x[3] != x[3], "both NaN codes");
+  }
+}
+
+EMULATOR_CASE(e4m3_bits_are_shifted_exactly) {
+  for (int code = 0; code < 256; ++code) {
+    const uint32_t pair = shift_e4m3x2<0xb391>(code << 8 | (code ^ 0x80u) << 24);
+    const int finite = code & 127;
+    const float magnitude = finite == 127 ? 480.0f : e4m3_value(finite);
+    const float value = (code & 128 ? -magnitude : magnitude) / 256;
+    expect(same(f16_low(pair), value) && same(f16_high(pair), -value),
+           "code " + std::to_string(code));
   }
 }
 
@@ -93,10 +104,13 @@ EMULATOR_CASE(sixteen_bit_floats) {
   expect(mul_f16x2(a, b) == pack_f16(-6.0f, -0.125f), "products");
   expect(fma_f16x2(a, b, c) == pack_f16(-5.0f, 7.875f), "products and sums");
   expect(mul_f16x2(pack_f16(-1.0f, 1.0f), 0) == 0x8000u, "the sign of a zero product");
+  expect(max_magnitude_f16x2(a, b) == pack_f16(3.0f, 0.5f), "magnitudes");
+  expect(negate_f16x2(a) == pack_f16(-3.0f, 0.5f), "signs");
 }
 
 EMULATOR_CASE(bytes_bits_and_powers) {
   expect(permute_bytes(0x33221100u, 0x77665544u, 0x7250) == 0x77225500u, "bytes 0, 5, 2, 7");
+  expect(permute_bytes(0x7f8000ffu, 0, 0xba98) == 0x00ff00ffu, "signs of bytes 0, 1, 2, 3");
   expect(as_bits(1.0f) == 0x3f800000u && as_float(0x40000000u) == 2.0f, "bits");
   expect(exp2_approx(-INFINITY) == 0.0f && exp2_approx(3.0f) == 8.0f, "powers of two");
   expect(exp2_approx(-140.0f) == 0.0f, "zero for a subnormal result");

@@ -39,23 +39,27 @@ def decode(types, dim, rotate, registers, loop):
 
 
 FLOAT, INT8, FLOAT8 = r"(\w+), \1", r"\w+, signed char", r"\w+, Float8E4M3"
-# At 4.3 TB/s, a multiprocessor of an H200 has 1765 cycles for a page of one head in bf16 and 910 to
-# 1030 in int8; each of its schedulers issues the instructions of one warp meanwhile.
+# Cycles that a multiprocessor has for a page of one head of dimension 128, while each of its
+# schedulers issues the instructions of one warp:
+#   H200, 4.3 TB/s, 132 multiprocessors at 1.755 to 1.98 GHz: 1765 to 1990 in bf16, 910 to 1030 in
+#   8 bits with their scales.
+#   A100, 2.0 TB/s, 108 multiprocessors at 1.41 GHz: 2495 and 1290.
+# On sm_80 shared memory holds two blocks of the 8-bit kernels that rotate, on sm_90a three.
 LIMITS = [
-    decode(FLOAT, 64, "false", 128, (370, 370)),
-    decode(FLOAT, 64, "true", 168, (700, 700)),
-    decode(FLOAT, 128, "false", 168, (490, 490)),
-    decode("BFloat16, BFloat16", 128, "true", 255, (1050, 1050)),
-    decode("Float16, Float16", 128, "true", 255, (810, 810)),
-    decode(INT8, 64, "false", 128, (480, 480)),
-    decode(INT8, 64, "true", 168, (730, 730)),
-    decode(INT8, 128, "false", 168, (650, 650)),
-    decode(INT8, 128, "true", 255, (1000, 1000)),
+    decode(FLOAT, 64, "false", 128, (360, 355)),
+    decode(FLOAT, 64, "true", 168, (645, 650)),
+    decode(FLOAT, 128, "false", 168, (480, 475)),
+    decode("BFloat16, BFloat16", 128, "true", 255, (1025, 1035)),
+    decode("Float16, Float16", 128, "true", 255, (770, 780)),
+    decode(INT8, 64, "false", 128, (460, 450)),
+    decode(INT8, 64, "true", 168, (590, 590)),
+    decode(INT8, 128, "false", 168, (620, 620)),
+    decode(INT8, 128, "true", 210, (785, 830)),
     # sm_80 has no instruction that converts e4m3
-    decode(FLOAT8, 64, "false", 128, (720, 430)),
-    decode(FLOAT8, 64, "true", 168, (890, 680)),
-    decode(FLOAT8, 128, "false", 168, (1130, 560)),
-    decode(FLOAT8, 128, "true", 255, (1460, 910)),
+    decode(FLOAT8, 64, "false", 128, (530, 410)),
+    decode(FLOAT8, 64, "true", 168, (660, 545)),
+    decode(FLOAT8, 128, "false", 168, (745, 540)),
+    decode(FLOAT8, 128, "true", 210, (910, 745)),
     Limit("memory_attention_prefill<.*, 64>", 168, TENSOR_CORES, (1020, 1180)),
     Limit("memory_attention_prefill<.*, 128>", 255, TENSOR_CORES, (1220, 1380)),
     Limit("memory_attention_simple", 128, (LOAD_16,)),
