@@ -172,10 +172,11 @@ def summary(details: dict[str, Any]) -> dict[str, Any]:
 
 
 def as_line(details: dict[str, Any]) -> str:
+    count = len(details["documents"])
     return (
-        f"{details['path']}: {len(details['documents']):,} documents, {details['tokens']:,} tokens "
-        f"as {details['memory_tokens']:,} memory tokens in {details['chunks']:,} chunks, "
-        f"{as_size(details['memory_bytes'])}"
+        f"{details['path']}: {count:,} document{'' if count == 1 else 's'}, "
+        f"{details['tokens']:,} tokens as {details['memory_tokens']:,} memory tokens in "
+        f"{details['chunks']:,} chunks, {as_size(details['memory_bytes'])}"
     )
 
 
@@ -183,11 +184,12 @@ def print_report(path: Path, report, as_json: bool) -> None:
     """What a build or addition did, and what the bank holds now."""
     from lychee.bank import MemoryBank
 
-    details = summary(MemoryBank.open(path).describe())
+    details = MemoryBank.open(path).describe()
     if as_json:
-        print(json.dumps(asdict(report) | details))
+        done = asdict(report)
+        print(json.dumps(done | {"compressed_tokens": done.pop("tokens")} | summary(details)))
         return
     counts = (f"{len(getattr(report, name)):,} {name}" for name in ("added", "replaced", "skipped"))
-    rate = f" at {report.tokens / report.seconds:,.0f} tokens/s" if report.seconds > 0 else ""
-    print(as_line(MemoryBank.open(path).describe()))
+    rate = f" at {report.tokens / report.seconds:,.0f} tokens/s" if report.tokens else ""
+    print(as_line(details))
     print(f"  {', '.join(counts)} in {as_duration(report.seconds)}{rate}", file=sys.stderr)

@@ -1,36 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a user can get wrong: one line on standard error, exit code 2, nothing else."""
 
-import io
 import json
 import re
 import shutil
-import sys
 
 import pytest
 from tokenizers import Tokenizer
 
-from lychee import cli
-
 QUESTION = ("-q", "What is it?")
-
-
-@pytest.fixture
-def refuse(monkeypatch, capfd):
-    """Run a command that must fail, in this process for speed; its one line without the prefix.
-
-    What the command does not catch reaches the test as the exception it is.
-    """
-
-    def run_refused(*arguments, input=None):
-        monkeypatch.setattr(sys, "argv", ["lychee", *map(str, arguments)])
-        if input is not None:
-            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(input)))
-        status = cli.run()
-        captured = capfd.readouterr()
-        return the_line(status, captured.out, captured.err)
-
-    return run_refused
 
 
 def the_line(status, out, errors):
