@@ -6,6 +6,7 @@ from pathlib import Path
 
 import machine
 import pytest
+import reading_table
 import table
 import torch
 
@@ -13,6 +14,7 @@ import torch
 def pytest_addoption(parser):
     group = parser.getgroup("lychee")
     group.addoption("--table", type=Path, help="also write the table to this file, as markdown")
+    group.addoption("--full", action="store_true", help="every length of the end-to-end runs")
     group.addoption(
         "--plain-malloc",
         action="store_true",
@@ -50,16 +52,20 @@ def pytest_terminal_summary(terminalreporter, config):
     session = getattr(config, "_benchmarksession", None)
     benchmarks = session.benchmarks if session else []
     every = [benchmark.extra_info for benchmark in benchmarks]
-    infos = [info for info in every if "ratio" in info]
-    if not infos:
-        return
-    header = pytest_report_header(config)
-    terminalreporter.section("ops against their peers")
-    for line in [*header, "", *table.lines(infos), *table.notes(every)]:
-        terminalreporter.write_line(line)
-    if path := config.getoption("--table"):
-        parts = [*header, "", *table.lines(infos, markdown=True), "", *table.notes(every)]
-        path.write_text("\n".join(parts) + "\n")
+    header, parts = pytest_report_header(config), []
+    infos = [info for info in every if "op" in info]
+    if infos:
+        terminalreporter.section("ops against their peers")
+        for line in [*header, "", *table.lines(infos), *table.notes(every)]:
+            terminalreporter.write_line(line)
+        parts += [*table.lines(infos, markdown=True), "", *table.notes(every)]
+    for title, rows, remarks in reading_table.sections(every):
+        terminalreporter.section(title)
+        for line in [*table.aligned(rows), *remarks]:
+            terminalreporter.write_line(line)
+        parts += ["", title, "", *table.aligned(rows, markdown=True), "", *remarks]
+    if parts and (path := config.getoption("--table")):
+        path.write_text("\n".join([*header, "", *parts]) + "\n")
 
 
 @pytest.fixture

@@ -40,8 +40,14 @@ def lines(infos: list[dict], *, markdown: bool = False) -> list[str]:
     rows = [row(info) for info in infos]
     columns = [i for i, _ in enumerate(HEADINGS) if any(cells[i] for cells in rows)]
     table = [[cells[i] for i in columns] for cells in [HEADINGS, *rows]]
+    return aligned(table, markdown=markdown)
+
+
+def aligned(table: list[list[str]], *, markdown: bool = False) -> list[str]:
+    """Rows of cells, the headings first, in columns for a terminal or as markdown."""
     if markdown:
-        table.insert(1, ["---"] * len(columns))
+        table = list(table)
+        table.insert(1, ["---"] * len(table[0]))
         return [f"| {' | '.join(cells)} |" for cells in table]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return [

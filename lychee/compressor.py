@@ -71,8 +71,15 @@ class Compressor:
         self.decoder = decoder
 
     def run(
-        self, ids: Tensor, sink: Sink, *, ratio: int, window: int, mask: Tensor | None = None
-    ) -> None:
+        self,
+        ids: Tensor,
+        sink: Sink,
+        *,
+        ratio: int,
+        window: int,
+        mask: Tensor | None = None,
+        hidden: bool = False,
+    ) -> Tensor | None:
         """Compress a batch of chunks, window by window, into `sink`.
 
         Args:
@@ -81,20 +88,24 @@ class Compressor:
             ratio: raw tokens per memory token; divides C and `window`.
             window: raw tokens seen together; later windows see earlier windows' memory.
             mask: [B, C] bool, False for padding; None when every token is valid.
+            hidden: compute raw tokens to the end of the last layer, which compression never reads:
+                for a language model's loss, with gradients on.
+
+        Returns:
+            With `hidden`, raw tokens' states after the final norm [B, C, E]; else None.
         """
+        states = []
         cos, sin = self.decoder.rope_tables((ids.shape[1] // ratio) + window)
         for start in range(0, ids.shape[1], window):
             piece = ids[:, start : start + window]
             valid = mem_valid = None
             if mask is not None:
                 valid, mem_valid = interleave_mask(mask[:, start : start + window], ratio)
-            self._window(
-                piece,
-                sink,
-                Window(*piece.shape, ratio, start // ratio, cos, sin, valid, mem_valid),
-            )
+            frame = Window(*piece.shape, ratio, start // ratio, cos, sin, valid, mem_valid)
+            states.append(self._window(piece, sink, frame, hidden))
+        return torch.cat(states, dim=1) if hidden else None
 
-    def _window(self, ids: Tensor, sink: Sink, window: Window) -> None:
+    def _window(self, ids: Tensor, sink: Sink, window: Window, hidden: bool) -> Tensor | None:
         backbone = self.decoder.model
         memory_row = backbone.lychee_memory_embed_tokens.weight
         raw_rows = window.batch * window.raw
@@ -109,12 +120,12 @@ class Compressor:
         buffers = {letter: x.new_empty(len(x), width) for letter, width in widths}
         last = len(backbone.layers) - 1
         for index, layer in enumerate(backbone.layers):
-            if index == last:
+            if index == last and not hidden:
                 h = layer.input_layernorm(x[-window.batch * window.memory :])
                 k, v = (layer.self_attn.project(letter, h, memory=True) for letter in "kv")
                 sink.write(index, k, v, window)
-                return
-            memory_queries_only = index == last - 1
+                return None
+            memory_queries_only = index == last - 1 and not hidden
             q, k, v = self._project(layer, x, raw_rows, memory_queries_only, buffers)
             q, k, v = sink.pack(index, q, k, v, window)
             out, _ = lk.memory_attention(
@@ -128,6 +139,7 @@ class Compressor:
             if memory_queries_only:
                 x = x[raw_rows:]
             x = self._close_layer(layer, x, out, window)
+        return backbone.norm(x[:raw_rows]).unflatten(0, (window.batch, window.raw))
 
     def _project(
         self,

@@ -267,24 +267,29 @@ class Decoder(nn.Module):
             pages: pages of compressed memory that every token sees before its own text.
             valid: [B, S] bool over cached and new tokens; False hides padding.
             select: index of the [B, T] tokens to return; the last layer's MLP runs on them alone.
+                () selects none: only the cache is filled.
 
         Returns:
             [B, T, E], or [N, E] for N selected tokens; `logits` turns rows of it into scores.
         """
-        cos, sin = self.rope_tables(max_position + 1)
-        cos, sin = cos[positions][:, None], sin[positions][:, None]
+        cos, sin = (table[positions][:, None] for table in self.rope_tables(max_position + 1))
         x = self.model.embed_tokens(ids)
         for index, layer in enumerate(self.model.layers):
+            last = index == len(self.model.layers) - 1
             h = layer.input_layernorm(x)
             attention = layer.self_attn
-            q, k, v = (attention.project(letter, h).transpose(1, 2) for letter in "qkv")
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            k, v = (attention.project(letter, h).transpose(1, 2) for letter in "kv")
+            k = rotate(k, cos, sin)
             if cache is not None:
                 k, v = cache.append(index, k, v)
+            if last and select == ():
+                x = x[:, :0]
+                break
+            q = rotate(attention.project("q", h).transpose(1, 2), cos, sin)
             arguments = pages.attention_arguments(index) if pages is not None else {}
             out, _ = lk.memory_attention(q, k, v, valid=valid, **arguments)
             out = out.transpose(1, 2).flatten(2)
-            if select is not None and index == len(self.model.layers) - 1:
+            if last and select is not None:
                 x, out = x[select], out[select]
             x = x + attention.o_proj(out)
             x = x + layer.mlp(layer.post_attention_layernorm(x))

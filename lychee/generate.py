@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lychee.decoder import Decoder, Pages
+from lychee.decoder import Decoder, KVCache, Pages
 from lychee.errors import InputError
 
 
@@ -88,6 +88,34 @@ class PromptBatch:
         return cls(torch.tensor(rows).to(device), positions.to(device), valid)
 
 
+def prefill_step(device: torch.device, rows: int) -> int:
+    """Tokens per row of one pass over prompts: enough, over all rows, for matrix products at full
+    rate, and few enough that their activations stay small beside the cache."""
+    return max(1, (2048 if device.type == "cpu" else 8192) // rows)
+
+
+def prefill(
+    decoder: Decoder, batch: PromptBatch, cache: KVCache, pages: Pages | None, max_position: int
+) -> Tensor:
+    """Fill the cache with prompts, piece by piece; the last token's hidden states [B, E]."""
+    count, width = batch.ids.shape
+    rows = torch.arange(count, device=decoder.device)
+    step = prefill_step(decoder.device, count)
+    for start in range(0, width, step):
+        stop = min(start + step, width)
+        select = (rows, torch.full_like(rows, stop - start - 1)) if stop == width else ()
+        hidden = decoder(
+            batch.ids[:, start:stop],
+            positions=batch.positions[:, start:stop],
+            max_position=max_position,
+            cache=cache,
+            pages=pages,
+            valid=None if batch.valid is None else batch.valid[:, :stop],
+            select=select,
+        )
+    return hidden
+
+
 @torch.inference_mode()
 def generate(
     decoder: Decoder,
@@ -119,21 +147,13 @@ def generate(
     )
     count, width = batch.ids.shape
     cache = decoder.new_cache(count, width + max_new_tokens)
-    rows = torch.arange(count, device=decoder.device)
+    last = first_position + width + max_new_tokens
     generator = torch.Generator(decoder.device).manual_seed(sampling.seed)
     out: list[list[int]] = [[] for _ in prompts]
     live = set(range(count))
-    ids, positions, select = batch.ids, batch.positions, (rows, torch.full_like(rows, width - 1))
-    for step in range(max_new_tokens):
-        hidden = decoder(
-            ids,
-            positions=positions,
-            max_position=first_position + width + step,
-            cache=cache,
-            pages=pages,
-            valid=None if batch.valid is None else batch.valid[:, : width + step],
-            select=select,
-        )
+    hidden = prefill(decoder, batch, cache, pages, last)
+    positions = batch.positions[:, -1:]
+    for step in range(1, max_new_tokens + 1):
         logits = decoder.logits(hidden)
         if sampling.greedy:
             chosen = logits.argmax(dim=-1)
@@ -149,8 +169,15 @@ def generate(
             out[row].append(token)
             if on_token is not None:
                 on_token(row, token)
-        if not live:
+        if not live or step == max_new_tokens:
             break
-        ids, positions = chosen[:, None], positions[:, -1:] + 1
-        select = (rows, torch.zeros_like(rows))
+        positions = positions + 1
+        hidden = decoder(
+            chosen[:, None],
+            positions=positions,
+            max_position=last,
+            cache=cache,
+            pages=pages,
+            valid=None if batch.valid is None else batch.valid[:, : width + step],
+        )[:, 0]
     return out

@@ -30,7 +30,7 @@ DEFAULTS = {"update": UPDATE, "answer": ANSWER, "no_memory": NO_MEMORY}
 
 
 class PromptTemplate:
-    """Token ids around a question and a working memory, spliced in as ids.
+    """Token ids around a question, a working memory and a text, spliced in as ids.
 
     Sections are tokenized once, one by one, and the memory's ids are never re-tokenized, so a
     memory survives any number of turns unchanged.
@@ -42,25 +42,32 @@ class PromptTemplate:
         self.tail = list(tail)
 
     @classmethod
-    def from_text(cls, text: str, encode: Callable[[str], list[int]]) -> PromptTemplate:
+    def from_text(
+        cls,
+        text: str,
+        encode: Callable[[str], list[int]],
+        names: Sequence[str] = ("question", "memory"),
+    ) -> PromptTemplate:
+        """`names`: the placeholders {name} that `text` has, of question, memory and text."""
         sections, rest = [], text
         while True:
-            found = [(rest.find("{" + n + "}"), n) for n in ("question", "memory")]
+            found = [(rest.find("{" + n + "}"), n) for n in names]
             found = sorted(pair for pair in found if pair[0] >= 0)
             if not found:
                 break
             place, name = found[0]
             sections.append((name, encode(rest[:place])))
             rest = rest[place + len(name) + 2 :]
-        if sorted(name for name, _ in sections) != ["memory", "question"]:
-            raise MemoryConfigError(
-                f"prompt template: expected {{question}} and {{memory}} once each, got {text!r}"
-            )
+        if sorted(name for name, _ in sections) != sorted(names):
+            wanted = " and ".join(f"{{{name}}}" for name in names)
+            raise MemoryConfigError(f"prompt template: expected {wanted} once each, got {text!r}")
         return cls(sections, encode(rest))
 
-    def render(self, question: Sequence[int], memory: Sequence[int]) -> list[int]:
+    def render(
+        self, question: Sequence[int], memory: Sequence[int] = (), text: Sequence[int] = ()
+    ) -> list[int]:
         """Ids of the whole prompt."""
-        values = {"question": question, "memory": memory}
+        values = {"question": question, "memory": memory, "text": text}
         ids: list[int] = []
         for name, before in self.sections:
             ids += before

@@ -232,7 +232,7 @@ class BankBuilder:
             pool.allocate(pages_of_chunk(len(piece.ids), self.base.memory)) for piece in pieces
         ]
         compress(self.model, pieces, pool, pages, self.clock.batch)
-        self.clock.documents += sum(part.ends for part in run.parts)
+        self.clock.complete(sum(part.ends for part in run.parts))
         return pool
 
     def _store(self, run: Run, pool: PagePool) -> None:

@@ -65,6 +65,10 @@ class Clock:
         self.compressed += tokens
         self.report()
 
+    def complete(self, documents: int) -> None:
+        self.documents += documents
+        self.report()
+
     def report(self) -> None:
         total = self.cut + self.unseen * self.cut // max(1, self.seen)
         rate = self.compressed / max(1e-9, self.seconds)

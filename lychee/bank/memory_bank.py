@@ -149,7 +149,8 @@ class MemoryBank:
     def page_table(self, rows: Sequence[Sequence[int]]) -> PageTable:
         """The table of a batch whose row b reads the chunks rows[b], in that order.
 
-        It holds its pages for as long as it lives, whatever is asked for or added later.
+        It holds its pages for as long as it lives, whatever is asked for later; only removing or
+        replacing documents of a bank in memory gives their pages to others.
         """
         lists = []
         for chunks in rows:
@@ -183,8 +184,8 @@ class MemoryBank:
         documents = list(check_documents(documents))
         clock = Clock(documents, progress)
         present = {document.name: document for document in self.documents}
-        skipped = [d for d in documents if d.name in present and present[d.name].text == d.text]
-        fresh = [document for document in documents if document not in skipped]
+        equal = {d.name for d in documents if d.name in present and present[d.name] == d}
+        fresh = [document for document in documents if document.name not in equal]
         cut = [cut_document(self.model, document) for document in fresh]
         tokens = [sum(len(piece.ids) for piece in pieces) for pieces in cut]
         for document, count in zip(fresh, tokens, strict=True):
@@ -212,7 +213,7 @@ class MemoryBank:
         return BuildReport(
             added=tuple(name for name in new if name not in present),
             replaced=tuple(name for name in new if name in present),
-            skipped=tuple(document.name for document in skipped),
+            skipped=tuple(document.name for document in documents if document.name in equal),
             tokens=sum(tokens),
             seconds=clock.seconds,
             write_seconds=0.0,

@@ -4,7 +4,7 @@
 Modules that import torch are imported inside the commands, so that help comes at once.
 """
 
-from lychee.commands import ask, bank, demo, evaluate, machine, trace, training  # noqa: F401
-from lychee.commands.apps import Aborted, UsageProblem, app, evaluation, train
+from lychee.commands import ask, bank, demo, evaluate, machine, reproduce, trace, training  # noqa: F401
+from lychee.commands.apps import Aborted, UsageProblem, app, bench, train
 
-__all__ = ["Aborted", "UsageProblem", "app", "evaluation", "train"]
+__all__ = ["Aborted", "UsageProblem", "app", "bench", "train"]

@@ -18,8 +18,8 @@ app = typer.Typer(
 )
 train = typer.Typer(help="Train a model.")
 app.add_typer(train, name="train")
-evaluation = typer.Typer(help="Evaluate a model.")
-app.add_typer(evaluation, name="eval")
+bench = typer.Typer(help="Run whole series of measurements.")
+app.add_typer(bench, name="bench")
 
 Model = Annotated[
     Path | None,

@@ -1,42 +1,160 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`lychee eval ...`: one command per task."""
+"""`lychee eval TASK`: tasks by lengths by methods, with results that an interrupted run keeps."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from lychee.commands.apps import Model, Ratio, evaluation
+from lychee.commands.apps import AsJson, Model, app
 from lychee.commands.loading import load_libraries, load_model
+from lychee.errors import InputError
+from lychee.progress import ProgressDisplay
+
+LENGTHS = [4096, 16384, 65536, 131072]
+MOST_TOKENS = 16_777_216
+WHOLE = "all"
+
+Lengths = Annotated[
+    list[int] | None,
+    typer.Option("--length", min=64, max=MOST_TOKENS, metavar="N", help="Tokens; repeatable."),
+]
+Ratios = Annotated[
+    list[int] | None, typer.Option("--ratio", metavar="N", help="Of ours; repeatable.")
+]
+Methods = Annotated[
+    list[str] | None,
+    typer.Option("--method", metavar="NAME", help="ours, memagent, full_context; repeatable."),
+]
 
 
-@evaluation.command()
-def needles(
-    books: Annotated[list[Path], typer.Argument(metavar="BOOK", help="UTF-8 text files.")],
-    length: Annotated[
-        list[int] | None, typer.Option(min=512, metavar="N", help="Tokens per text; repeatable.")
+@app.command("eval")
+def evaluate(
+    task: Annotated[
+        str,
+        typer.Argument(
+            metavar="TASK",
+            help="needles, ruler or one of its tasks (niah_single_1, vt, ...), or a format of "
+            "files: ruler_hqa, hotpotqa, ruler_file, longbench, own. Several with commas.",
+        ),
+    ],
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[FILE]...",
+            help="Books to hide facts in (else a novel), or the data files of a format.",
+        ),
     ] = None,
-    questions: Annotated[int, typer.Option(min=1, help="Per length.")] = 100,
+    length: Lengths = None,
+    questions: Annotated[
+        int | None, typer.Option(min=1, help="Per length, 100 if not given; or per file, all.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of texts, facts and places.")] = 0,
-    model: Model = None,
-    ratio: Ratio = None,
-    out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write every question as JSON, too.")
+    split: Annotated[
+        str, typer.Option(help="Of RULER's words and texts: train, validation, test, or all.")
+    ] = "test",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Difficulty of RULER's tasks: keys=8."),
     ] = None,
+    method: Methods = None,
+    ratio: Ratios = None,
+    bank_dtype: Annotated[
+        list[str] | None, typer.Option(metavar="TYPE", help="Of the bank: int8; repeatable.")
+    ] = None,
+    metric: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Else the task's; repeatable.")
+    ] = None,
+    model: Model = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="For records, JSON and table; the same call resumes."),
+    ] = None,
+    plots: Annotated[bool, typer.Option("--plots", help="Draw them into DIR, too.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Hide facts in spans of books, half of the texts with one and half with four; ask for all."""
+    """Ask questions whose answers are known, and count the right ones."""
     load_libraries()
-    from lychee.eval.needles import evaluate
-    from lychee.eval.report import HEADER, table_row, write_json
+    from lychee.eval import harness, metrics, tasks
+    from lychee.eval import plots as drawing
+    from lychee.eval.methods import check_methods
+    from lychee.eval.records import CELL, RecordFile
+    from lychee.eval.report import Table, write_results
 
-    cells = []
-    lengths = length or [4096, 16384, 65536, 131072]
-    print(HEADER, flush=True)
-    for cell in evaluate(load_model(model, ratio), books, lengths, questions, seed):
-        cells.append(cell)
-        print(table_row(cell), flush=True)
-        if out is not None:
-            write_json(out, " ".join(["lychee", *sys.argv[1:]]), cells)
+    if plots and out is None:
+        raise InputError("--plots: expected --out DIR to draw into, got none")
+    if plots:
+        drawing.load_matplotlib()
+    names, methods = tasks.task_names(task), method or ["ours"]
+    check_methods(methods)
+    metrics.check_metrics(metric or [])
+    files, difficulty = tuple(files or ()), parse_settings(settings or [])
+    request = tasks.Request(files, questions, seed, None if split == WHOLE else split, difficulty)
+    load = lambda at: load_model(model, at)  # noqa: E731
+    runs = harness.settings_of(methods, ratio or [None], bank_dtype or ["auto"])
+    tokenizer = load(runs[0].ratio).tokenizer
+    cells = tasks.task_cells(names, length or LENGTHS, request, tokenizer)
+    shared = {
+        "model": harness.fingerprint(model),
+        "files": {file.name: digest_of(file) for file in files},
+        "questions": questions,
+        "seed": seed,
+        "split": split,
+        "difficulty": difficulty,
+        "metrics": metric,
+    }
+    records = RecordFile(out, shared)
+    table = Table(
+        [name for name in CELL if varies(name, cells, runs)],
+        dict.fromkeys(name for cell in cells for name in cell.breakdown),
+        metric or [cells[0].metric if len({cell.metric for cell in cells}) == 1 else "score"],
+    )
+    command, found = " ".join(["lychee", *sys.argv[1:]]), []
+    if not as_json:
+        print(table.header, flush=True)
+    with ProgressDisplay("Evaluating", "questions") as display:
+        for cell in harness.run(cells, runs, load, records, metric or [], display):
+            found.append(cell)
+            if not as_json:
+                print(table.row(cell), flush=True)
+            if out is not None:
+                write_results(out, command, shared, table, found)
+    if plots:
+        drawing.draw_all(found, out)
+    if as_json:
+        print(json.dumps({"command": command, "settings": shared, "cells": found}))
+
+
+def varies(name: str, cells: list, runs: list) -> bool:
+    """Whether a field of cells or settings has several values."""
+    owners = cells if hasattr(cells[0], name) else runs
+    return len({getattr(owner, name) for owner in owners}) > 1
+
+
+def parse_settings(settings: list[str]) -> dict[str, Any]:
+    """NAME=VALUE pairs, each value a number, true, false or text."""
+    found: dict[str, Any] = {}
+    for pair in settings:
+        name, equals, value = pair.partition("=")
+        if not equals or not name or not value:
+            raise InputError(f"--set: expected NAME=VALUE, got {pair!r}")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
+
+
+def digest_of(path: Path) -> str:
+    """Changes with what a file, or a folder's books, hold."""
+    from lychee.data.filler import book_files
+
+    digest = hashlib.sha256()
+    for file in book_files([path]):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]

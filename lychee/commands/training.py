@@ -7,7 +7,6 @@ Each also runs in several processes: `accelerate launch -m lychee train ...`, or
 from __future__ import annotations
 
 from enum import StrEnum
-from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
@@ -16,14 +15,6 @@ import typer
 from lychee.commands.apps import train
 from lychee.commands.loading import load_libraries
 
-# The class of each kind, in lychee.train.
-KINDS = {
-    "pretrain": "pretrain.Pretraining",
-    "sft": "sft.SupervisedTraining",
-    "rl": "rl.Reinforcement",
-    "gate": "gate.GateTraining",
-}
-
 
 class Device(StrEnum):
     """Where to train."""
@@ -31,6 +22,14 @@ class Device(StrEnum):
     auto = "auto"
     cpu = "cpu"
     cuda = "cuda"
+
+
+class Dtype(StrEnum):
+    """Of a written model folder."""
+
+    half = "float16"
+    brain = "bfloat16"
+    single = "float32"
 
 
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="TOML recipe.")]
@@ -49,8 +48,9 @@ Where = Annotated[Device, typer.Option("--device", help="auto is a GPU where the
 def run_kind(kind: str, config: Path, out: Path, **options) -> None:
     """Import a kind of training and run it."""
     load_libraries()
-    module, name = KINDS[kind].split(".")
-    getattr(import_module(f"lychee.train.{module}"), name).train(config, out, **options)
+    from lychee.train.reproduce import training_class
+
+    training_class(kind).train(config, out, **options)
 
 
 @train.command()
@@ -63,6 +63,91 @@ def pretrain(
     device: Where = Device.auto,
     shard: Shard = False,
 ) -> None:
-    """Train compressor and reader together: language model, reconstruction, recall of facts."""
+    """Train compressor and reader together: next tokens, reciting, continuing, recall of facts."""
     options = {"books": books, "start": start, "resume": resume, "device": device, "shard": shard}
     run_kind("pretrain", config, out, **options)
+
+
+@train.command()
+def sft(
+    config: Config,
+    out: Out,
+    books: Books = None,
+    start: Start = None,
+    resume: Resume = False,
+    device: Where = Device.auto,
+    shard: Shard = False,
+) -> None:
+    """Train the reading loop on traces of working memory, over several hops."""
+    options = {"books": books, "start": start, "resume": resume, "device": device, "shard": shard}
+    run_kind("sft", config, out, **options)
+
+
+@train.command()
+def rl(
+    config: Config,
+    out: Out,
+    books: Books = None,
+    start: Start = None,
+    resume: Resume = False,
+    device: Where = Device.auto,
+    shard: Shard = False,
+    freeze_compressor: Annotated[
+        bool, typer.Option("--freeze-compressor", help="Learn from memory as it is at the start.")
+    ] = False,
+) -> None:
+    """Train compressor and reader end to end by the reward of the final answer."""
+    options = {"books": books, "start": start, "resume": resume, "device": device, "shard": shard}
+    if freeze_compressor:
+        options["freeze_compressor"] = True
+    run_kind("rl", config, out, **options)
+
+
+@train.command()
+def gate(
+    config: Config,
+    out: Out,
+    books: Books = None,
+    start: Start = None,
+    resume: Resume = False,
+    device: Where = Device.auto,
+    shard: Shard = False,
+) -> None:
+    """Train the gate that says which chunks a question needs."""
+    options = {"books": books, "start": start, "resume": resume, "device": device, "shard": shard}
+    run_kind("gate", config, out, **options)
+
+
+@train.command("reproduce")
+def run_plan(
+    out: Out = Path("reproduction"),
+    books: Books = None,
+    plan: Annotated[
+        Path | None, typer.Option("--plan", metavar="FILE", help="Steps; else the shipped ones.")
+    ] = None,
+    only: Annotated[
+        str | None, typer.Option("--only", metavar="STEP", help="Run this step alone.")
+    ] = None,
+    device: Where = Device.auto,
+) -> None:
+    """Train the shipped model from nothing, step by step; the same call goes on where it was."""
+    load_libraries()
+    from lychee.train.reproduce import SHIPPED_RECIPE, reproduce
+
+    print(f"model: {reproduce(plan or SHIPPED_RECIPE, out, books, only, device)}")
+
+
+@train.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Folder of a LoRA run.")],
+    model: Annotated[Path, typer.Option("--model", metavar="DIR", help="Folder of its base.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write.")],
+    dtype: Annotated[Dtype, typer.Option("--dtype", help="Of the written weights.")] = Dtype.half,
+) -> None:
+    """Write the model that a base and a trained adapter make together."""
+    load_libraries()
+    import torch
+
+    from lychee.train.adapters import merge_adapter_folder
+
+    merge_adapter_folder(model, adapter, out, getattr(torch, dtype))

@@ -163,12 +163,17 @@ def plant(text: str, statements: Sequence[str], draw: random.Random) -> tuple[st
     return "".join([*out, text[last:]]), spans
 
 
-def read_books(paths: Iterable[Path]) -> list[str]:
-    """Texts of files, and of all *.txt files of folders, in the order of their names."""
+def book_files(paths: Iterable[Path]) -> list[Path]:
+    """Files as they are, and for each folder its *.txt files in the order of their names."""
     files: list[Path] = []
     for path in paths:
         found = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
         if not found:
             raise InputError(f"{path}: expected a folder with *.txt files, got none")
         files += found
-    return [read_file(file).text for file in files]
+    return files
+
+
+def read_books(paths: Iterable[Path]) -> list[str]:
+    """Texts of files, and of all *.txt files of folders."""
+    return [read_file(file).text for file in book_files(paths)]

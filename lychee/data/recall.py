@@ -79,7 +79,12 @@ class RecallBatch:
 
 
 class RecallSampler:
-    """Draws batches; all randomness comes from one seeded generator, so runs can resume."""
+    """Draws batches; all randomness comes from one seeded generator, so runs can resume.
+
+    Attributes:
+        following: how many tokens of its book `behind` keeps for each chunk made.
+        behind: lists of them, until somebody takes them.
+    """
 
     def __init__(
         self,
@@ -98,6 +103,8 @@ class RecallSampler:
             single: NeedleMaker(words, self.random, single=single) for single in (False, True)
         }
         self.maker = self.makers[False]
+        self.following = 0
+        self.behind: list[list[int]] = []
 
     def batch(
         self,
@@ -132,8 +139,10 @@ class RecallSampler:
                 kept.append((needle, ids))
                 room -= len(ids)
         book = self.random.choice(self.books)
-        start = self.random.randrange(len(book) - length)
+        start = self.random.randrange(len(book) - length - self.following)
         prose = book[start : start + room]
+        if self.following:
+            self.behind.append(book[start + room : start + room + self.following])
         ends = self.tokenizer.sentence_ends
         places = [place + 1 for place, token in enumerate(prose) if token in ends] or [0, room]
         cuts = sorted(self.random.choice(places) for _ in kept)

@@ -152,7 +152,7 @@ def first_line(metric: Metric) -> Metric:
     return lambda prediction, answers: metric(prediction.lstrip("\n").split("\n")[0], answers)
 
 
-def identical(prediction: str, answers: Answers) -> float:
+def exact(prediction: str, answers: Answers) -> float:
     """1 if the prediction is one of the answers, character for character."""
     return float(prediction in answers)
 
@@ -170,14 +170,20 @@ METRICS: dict[str, Metric] = {
     "qa_f1_first_line": first_line(qa_f1),
     "rouge_l": rouge_l,
     "rouge_l_first_line": first_line(rouge_l),
-    "identical": identical,
+    "exact": exact,
 }
 
 
+def check_metrics(names: Sequence[str]) -> None:
+    """InputError, which lists the known ones, for a name that no metric has."""
+    for name in names:
+        if name not in METRICS:
+            raise InputError(f"metric: expected one of {', '.join(METRICS)}, got {name!r}")
+
+
 def score(metric: str, prediction: str, answers: Answers) -> float:
-    """The metric of that name; InputError lists the known ones."""
-    if metric not in METRICS:
-        raise InputError(f"metric: expected one of {', '.join(METRICS)}, got {metric!r}")
+    """The metric of that name, from 0 to 1."""
+    check_metrics([metric])
     if not answers:
         raise InputError(f"{metric}: answers: expected at least one, got none")
     return METRICS[metric](prediction, answers)

@@ -1,66 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Needles in real books: exact match by length of text, single-key and multi-key."""
+"""The needle task: facts in spans of books, half of the texts with one fact and half with four."""
 
 from __future__ import annotations
 
-import math
 import random
-import time
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
-from lychee.data.needles import KINDS, NeedleMaker, hide_needles, word_list
-from lychee.documents import read_file
+from lychee.data.needles import KINDS, Needle, NeedleMaker, hide_needles, word_list
+from lychee.data.task import TaskSample
 from lychee.errors import InputError
-from lychee.memory_model import LycheeMemory
-from lychee.trace import Answer
+from lychee.tokenizer import TextTokenizer
 
 MULTI_KEYS = 4
-
-
-@dataclass(frozen=True)
-class Question:
-    """One question of an evaluation, and what came of it."""
-
-    keys: int
-    kind: str
-    question: str
-    expected: str
-    answered: str
-    exact: bool
-
-
-@dataclass(frozen=True)
-class Cell:
-    """Results at one length."""
-
-    length: int
-    ratio: int
-    texts: int
-    questions: list[Question]
-    build_seconds: float
-    ask_seconds: float
-
-    def accuracy(self, **where) -> tuple[int, int]:
-        """(exact, asked) among the questions whose fields equal `where`."""
-        chosen = [q for q in self.questions if all(getattr(q, k) == v for k, v in where.items())]
-        return sum(question.exact for question in chosen), len(chosen)
-
-    def to_dict(self) -> dict:
-        right, asked = self.accuracy()
-        low, high = wilson_interval(right, asked)
-        return asdict(self) | {"exact": right, "asked": asked, "interval_95": [low, high]}
-
-
-def wilson_interval(right: int, asked: int, z: float = 1.96) -> tuple[float, float]:
-    """95% score interval of a proportion."""
-    if not asked:
-        return 0.0, 1.0
-    share, scale = right / asked, 1 + z * z / asked
-    middle = (share + z * z / (2 * asked)) / scale
-    spread = z * math.sqrt(share * (1 - share) / asked + z * z / (4 * asked * asked)) / scale
-    return max(0.0, middle - spread), min(1.0, middle + spread)
+# Columns of the table: questions whose details equal these.
+BREAKDOWN = {
+    "single-key": {"keys": 1},
+    "multi-key": {"keys": MULTI_KEYS},
+    "numbers": {"kind": "number"},
+    "words": {"kind": "word"},
+}
 
 
 def key_counts(questions: int) -> list[int]:
@@ -73,49 +31,48 @@ def key_counts(questions: int) -> list[int]:
     return counts
 
 
-def make_text(
-    model: LycheeMemory,
-    books: Sequence[tuple[str, list[tuple[int, int]]]],
-    length: int,
-    keys: int,
-    maker: NeedleMaker,
-    draw: random.Random,
-):
-    """A span of a random book with `keys` needles, `length` tokens in all."""
-    needles = [maker.make(KINDS[draw.randrange(2)]) for _ in range(keys)]
-    room = length - sum(len(model.tokenizer.encode(" " + n.statement)) for n in needles)
-    long_enough = [book for book in books if len(book[1]) > room]
-    if not long_enough:
-        raise InputError(f"books: expected one of more than {room} tokens, got none")
-    text, offsets = draw.choice(long_enough)
-    start = draw.randrange(len(offsets) - room)
-    filler = text[offsets[start][0] : offsets[start + room - 1][1]]
-    return hide_needles(filler, needles, draw)
+class NeedleTexts:
+    """Texts made of books, with their questions."""
 
+    def __init__(self, tokenizer: TextTokenizer, books: Sequence[str]):
+        self.tokenizer = tokenizer
+        self.words = word_list(books, tokenizer.encode)
+        self.books = [(text, tokenizer.encode_with_offsets(text)[1]) for text in books]
+        if len(self.words) < 16:
+            raise InputError(
+                "books: expected English prose with at least 16 common words of one token each, "
+                f"got {len(self.words)}"
+            )
 
-def evaluate(
-    model: LycheeMemory, books: Iterable[Path], lengths: Sequence[int], questions: int, seed: int
-) -> Iterable[Cell]:
-    """Yield one Cell per length: `questions` about needles in `books`."""
-    texts = [read_file(path).text for path in books]
-    words = word_list(texts, model.tokenizer.encode)
-    encoded = [(text, model.tokenizer.encode_with_offsets(text)[1]) for text in texts]
-    for length in lengths:
+    def texts(self, length: int, questions: int, seed: int) -> Iterator[list[TaskSample]]:
+        """Samples of one text after the other; always the same for the same arguments."""
         draw = random.Random(seed * 1_000_003 + length)
-        maker = NeedleMaker(words, draw)
-        results, build, ask = [], 0.0, 0.0
-        counts = key_counts(questions)
-        for keys in counts:
-            text, hidden = make_text(model, encoded, length, keys, maker, draw)
-            started = time.perf_counter()
-            bank = model.remember(text)
-            built = time.perf_counter()
-            answers = model.ask_many(bank, [needle.question for needle, _ in hidden])
-            build, ask = build + built - started, ask + time.perf_counter() - built
-            results += [judge(n, keys, a) for (n, _), a in zip(hidden, answers, strict=True)]
-        yield Cell(length, model.memory.ratio, len(counts), results, build, ask)
+        maker = NeedleMaker(self.words, draw)
+        for keys in key_counts(questions):
+            text, hidden = self.make_text(length, keys, maker, draw)
+            yield [
+                TaskSample(
+                    "needles",
+                    text,
+                    needle.question,
+                    (needle.value,),
+                    ((place, place + len(needle.statement)),),
+                    "exact",
+                    {"keys": keys, "kind": needle.kind},
+                )
+                for needle, place in hidden
+            ]
 
-
-def judge(needle, keys: int, answer: Answer) -> Question:
-    exact = answer.text == needle.value
-    return Question(keys, needle.kind, needle.question, needle.value, answer.text, exact)
+    def make_text(
+        self, length: int, keys: int, maker: NeedleMaker, draw: random.Random
+    ) -> tuple[str, list[tuple[Needle, int]]]:
+        """A span of a random book with `keys` needles, `length` tokens in all."""
+        needles = [maker.make(KINDS[draw.randrange(2)]) for _ in range(keys)]
+        room = length - sum(len(self.tokenizer.encode(" " + n.statement)) for n in needles)
+        long_enough = [book for book in self.books if len(book[1]) > room]
+        if room < 1 or not long_enough:
+            raise InputError(f"books: expected one of more than {room} tokens, got none")
+        text, offsets = draw.choice(long_enough)
+        start = draw.randrange(len(offsets) - room)
+        filler = text[offsets[start][0] : offsets[start + room - 1][1]]
+        return hide_needles(filler, needles, draw)

@@ -1,60 +1,137 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluation results as a Markdown table and as JSON with what produced them."""
+"""Sums up records, and writes cells as a Markdown table and as JSON with what produced them."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean, median
+from typing import Any
 
 import torch
 
-from lychee.eval.needles import MULTI_KEYS, Cell, wilson_interval
+from lychee.eval.records import CELL, Record, replace_file
 
-HEADER = (
-    "| tokens | ratio | exact | 95% interval | single-key | multi-key | numbers | words "
-    "| compress s/text | read s/question |\n|---|---|---|---|---|---|---|---|---|---|"
-)
+Cell = dict[str, Any]
 
 
-def share(counts: tuple[int, int]) -> str:
-    right, asked = counts
-    return f"{right}/{asked}"
+def wilson_interval(right: float, asked: int, z: float = 1.96) -> tuple[float, float]:
+    """95% score interval of a proportion.
+
+    For scores between 0 and 1 `right` is their sum; the interval is then on the wide side, since
+    no such score varies more than one that is always 0 or 1.
+    """
+    if not asked:
+        return 0.0, 1.0
+    share, scale = right / asked, 1 + z * z / asked
+    middle = (share + z * z / (2 * asked)) / scale
+    spread = z * math.sqrt(share * (1 - share) / asked + z * z / (4 * asked * asked)) / scale
+    return max(0.0, middle - spread), min(1.0, middle + spread)
 
 
-def table_row(cell: Cell) -> str:
-    """One line of the table for one length."""
-    right, asked = cell.accuracy()
-    low, high = wilson_interval(right, asked)
-    values = (
-        f"{cell.length:,}",
-        str(cell.ratio),
-        f"{100 * right / asked:.0f}% ({right}/{asked})",
-        f"{100 * low:.0f} to {100 * high:.0f}%",
-        share(cell.accuracy(keys=1)),
-        share(cell.accuracy(keys=MULTI_KEYS)),
-        share(cell.accuracy(kind="number")),
-        share(cell.accuracy(kind="word")),
-        f"{cell.build_seconds / cell.texts:.2f}",
-        f"{cell.ask_seconds / asked:.2f}",
-    )
-    return "| " + " | ".join(values) + " |"
+def summarise(records: Sequence[Record], breakdown: dict[str, dict[str, Any]]) -> Cell:
+    """One cell of results, from all its records.
+
+    Seconds are means: `build_seconds` per text, `ask_seconds` per question about a bank at hand,
+    `answer_seconds` per question from nothing, were it the only one about its text.
+    """
+    metric = next(iter(records[0]["scores"]))
+    scores = [record["scores"][metric] for record in records]
+    low, high = wilson_interval(sum(scores), len(scores))
+    firsts = {record["text"]: record for record in records}.values()
+    peaks = [record["peak_bytes"] for record in firsts if record["peak_bytes"] is not None]
+    build = fmean(record["build_seconds"] for record in firsts)
+    ask = sum(record["ask_seconds"] for record in firsts) / len(records)
+    parts = {}
+    for name, wanted in breakdown.items():
+        chosen = [
+            score
+            for score, record in zip(scores, records, strict=True)
+            if wanted.items() <= record["details"].items()
+        ]
+        parts[name] = [sum(chosen), len(chosen)]
+    return {name: records[0][name] for name in CELL} | {
+        "tokens": int(median(record["text_tokens"] for record in firsts)),
+        "texts": len(firsts),
+        "questions": len(records),
+        "metric": metric,
+        "score": fmean(scores),
+        "interval_95": [low, high],
+        "metrics": {
+            name: fmean(record["scores"][name] for record in records)
+            for name in records[0]["scores"]
+        },
+        "breakdown": parts,
+        "build_seconds": build,
+        "ask_seconds": ask,
+        "answer_seconds": build + ask,
+        "chunks": fmean(record["chunks"] for record in records),
+        "chunks_read": fmean(record["chunks_read"] for record in records),
+        "memory_bytes": int(fmean(record["memory_bytes"] for record in firsts)),
+        "peak_bytes": max(peaks, default=None),
+    }
+
+
+class Table:
+    """A Markdown table; columns that would say the same in every row are left out.
+
+    Args:
+        varying: names of CELL that differ between the cells to come.
+        breakdown: names of further columns.
+        metrics: the first one heads the score; those behind it have a column of their own.
+    """
+
+    def __init__(self, varying: Sequence[str], breakdown: Sequence[str], metrics: Sequence[str]):
+        self.varying = [
+            name for name in CELL if name in varying and name not in ("length", "ratio")
+        ]
+        self.breakdown, self.metrics = list(breakdown), list(metrics[1:])
+        titles = [*self.varying, "tokens", "ratio", metrics[0], "95% interval", *self.metrics]
+        titles += [*self.breakdown, "compress s/text", "read s/question", "chunks read", "peak MiB"]
+        self.header = f"{line(titles)}\n|{'---|' * len(titles)}"
+
+    def row(self, cell: Cell) -> str:
+        low, high = cell["interval_95"]
+        asked, peak = cell["questions"], cell["peak_bytes"]
+        right = f"{cell['score'] * asked:.4g}/{asked}"
+        values = [str(cell[name]) for name in self.varying]
+        values += [f"{cell['length'] or cell['tokens']:,}", str(cell["ratio"] or "-")]
+        values += [f"{100 * cell['score']:.0f}% ({right})", f"{100 * low:.0f} to {100 * high:.0f}%"]
+        values += [f"{100 * cell['metrics'][name]:.0f}%" for name in self.metrics]
+        for name in self.breakdown:
+            part, of = cell["breakdown"].get(name, (0, 0))
+            values.append(f"{part:.4g}/{of}")
+        values += [f"{cell['build_seconds']:.2f}", f"{cell['ask_seconds']:.2f}"]
+        values += [f"{cell['chunks_read']:.1f} of {cell['chunks']:.1f}"]
+        values += ["-" if peak is None else f"{peak / 2**20:.0f}"]
+        return line(values)
+
+
+def line(values: Sequence[str]) -> str:
+    return f"| {' | '.join(values)} |"
 
 
 def machine() -> dict[str, str | int]:
     """What timings depend on."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     return {
         "platform": platform.platform(),
+        "device": device,
         "processors": os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
 
 
-def write_json(path: Path, command: str, cells: Sequence[Cell]) -> None:
-    """Every question with its answer, so that any other table can be made of it."""
-    report = {"command": command, "machine": machine(), "cells": [c.to_dict() for c in cells]}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+def write_results(
+    folder: Path, command: str, settings: dict[str, Any], table: Table, cells: Sequence[Cell]
+) -> None:
+    """results.json and table.md in `folder`, beside the records they were made of."""
+    results = {"command": command, "machine": machine(), "settings": settings, "cells": list(cells)}
+    replace_file(folder / "results.json", json.dumps(results, indent=1) + "\n")
+    rows = [table.header, *map(table.row, cells)]
+    replace_file(folder / "table.md", f"    {command}\n\n" + "\n".join(rows) + "\n")

@@ -1,29 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pretraining of compressor and reader together: dense recall of facts through compressed memory.
+"""Pretraining of compressor and reader together, on any texts.
 
-The stage list of the TOML file is a curriculum over chunk length, density of facts and ratio.
+Four losses with a weight each: next tokens of the text as the compressor reads it; reciting a span
+of a chunk, and continuing behind it, from its memory; and dense recall of facts hidden in it. The
+stage list of the TOML file is a curriculum over weights, chunk length, density of facts and ratio.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 import random
 from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from lychee.compressor import MemoryTensors, TensorSink
+from lychee.compressor import TensorSink
 from lychee.data.needles import word_list
-from lychee.data.recall import IGNORED, Mixture, RecallBatch, RecallSampler
+from lychee.data.recall import Mixture, RecallBatch, RecallSampler
+from lychee.data.texts import TextTurns, Turns, long_enough
 from lychee.train.metrics import Value
+from lychee.train.reading import Reader
 from lychee.train.recipe import Recipe, Stage
 from lychee.train.run import TrainingRun
 
 FINAL_TURN_WEIGHT = 0.3
+WEIGHTS = ("recall", "language", "recite", "continuation")
 # More groups pad less, fewer run larger products; three were fastest on one core.
 LENGTH_GROUPS = 3
 
@@ -32,20 +35,59 @@ LENGTH_GROUPS = 3
 class PretrainStage(Stage):
     """One step of the curriculum.
 
-    `ratios` are drawn from evenly. `short` is the share of batches whose chunks are cut to a random
-    length from an eighth of `chunk` on. The fields behind it are those of `data.recall.Mixture`.
+    Attributes:
+        chunk: tokens of a chunk.
+        batch: chunks of a batch.
+        questions: recall turns about each chunk.
+        facts: fewest and most needles hidden in a chunk.
+        ratios: raw tokens per memory token, drawn from evenly.
+        short: share of batches whose chunks are cut to a random length from an eighth of `chunk`.
+        recall: weight of the loss on recalled needles.
+        language: weight of the loss on the chunk's own next tokens.
+        recite, continuation: weights of the losses on turns that repeat a span of the chunk, or
+            continue behind it, from its memory alone.
+        span: most tokens of such a turn.
+
+    The fields behind them are those of `data.recall.Mixture`.
     """
 
     chunk: int
     batch: int
-    questions: int
-    facts: tuple[int, int]
+    questions: int = 0
+    facts: tuple[int, int] = (0, 0)
     ratios: tuple[int, ...] = (4,)
     short: float = 0.0
+    recall: float = 1.0
+    language: float = 0.0
+    recite: float = 0.0
+    continuation: float = 0.0
+    span: int = 128
     single: float = Mixture.single
     numbers: float = Mixture.numbers
     noted: float = Mixture.noted
     confusable: float = Mixture.confusable
+
+    def __post_init__(self):
+        super().__post_init__()
+        weights = {name: getattr(self, name) for name in WEIGHTS}
+        for name, weight in weights.items():
+            if not 0 <= weight < math.inf:
+                raise ValueError(f"{name}: expected a weight of at least 0, got {weight}")
+        if not any(weights.values()):
+            raise ValueError(f"recall: expected one of {', '.join(WEIGHTS)} above 0, got none")
+        if bool(self.recall) != bool(self.questions):
+            wanted = "at least 1 where recall is trained" if self.recall else "0 where recall is 0"
+            raise ValueError(f"questions: expected {wanted}, got {self.questions}")
+        for name in ("chunk", "batch", "span"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if not self.ratios:
+            raise ValueError("ratios: expected at least one, got none")
+        for ratio in self.ratios:
+            if ratio < 1 or self.chunk % ratio:
+                raise ValueError(
+                    f"ratios: expected divisors of the chunk of {self.chunk} tokens, got {ratio}"
+                )
 
     def draw_chunk(self, draw: random.Random) -> int:
         """Tokens of one batch's chunks, a multiple of every ratio."""
@@ -58,6 +100,11 @@ class PretrainStage(Stage):
     def mixture(self) -> Mixture:
         return Mixture(self.single, self.numbers, self.noted, self.confusable)
 
+    @property
+    def following(self) -> int:
+        """Tokens behind a chunk that its turns need."""
+        return self.span if self.continuation else 0
+
 
 @dataclass(frozen=True)
 class PretrainRecipe(Recipe):
@@ -68,14 +115,26 @@ class PretrainRecipe(Recipe):
 
 @dataclass(frozen=True)
 class PretrainBatch:
-    """Chunks with turns about them, and the ratio to compress them by."""
+    """Chunks to compress by a ratio, and turns about them for every loss with a weight."""
 
     ratio: int
-    recall: RecallBatch
+    chunks: Tensor  # [B, C]
+    recall: RecallBatch | None = None
+    recite: Turns | None = None
+    continuation: Turns | None = None
 
     def part(self, index: int, count: int) -> Self | None:
-        recall = self.recall.part(index, count)
-        return None if recall is None else replace(self, recall=recall)
+        """The chunks of process `index` of `count` with their turns; None if it has none."""
+        if len(self.chunks) < count:
+            return None
+        first, last = (len(self.chunks) * i // count for i in (index, index + 1))
+        return replace(
+            self,
+            chunks=self.chunks[first:last],
+            recall=self.recall and self.recall.part(index, count),
+            recite=self.recite and self.recite.rows(first, last),
+            continuation=self.continuation and self.continuation.rows(first, last),
+        )
 
 
 class Pretraining(TrainingRun):
@@ -85,80 +144,87 @@ class Pretraining(TrainingRun):
     recipe_type = PretrainRecipe
 
     def prepare(self) -> None:
-        self.compressor = self.model.compressor
-        self.sampler = RecallSampler(
-            self.tokenizer,
-            self.model.reasoner.prompts,
-            [self.tokenizer.encode(text) for text in self.texts],
-            word_list(self.texts, self.tokenizer.encode),
-            self.random,
-        )
+        self.compressor, self.reader = self.model.compressor, Reader(self.decoder, self.processes)
+        stages = self.recipe.stages
+        # One more than is read, so that there is always a place to draw.
+        longest = max(stage.chunk + stage.following for stage in stages) + 1
+        encoded = [self.tokenizer.encode(text) for text in self.texts]
+        self.books = long_enough(encoded, longest, self.tokenizer.encode("\n\n"))
+        self.text_turns = TextTurns(self.tokenizer, self.model.memory.templates, self.random)
+        self.sampler = None
+        if any(stage.recall for stage in stages):
+            self.sampler = RecallSampler(
+                self.tokenizer,
+                self.model.reasoner.prompts,
+                self.books,
+                word_list(self.texts, self.tokenizer.encode),
+                self.random,
+            )
+
+    @property
+    def stage(self) -> PretrainStage:
+        return self.recipe.stage_at(self.step)[0]
 
     def sample(self) -> PretrainBatch:
-        stage, _ = self.recipe.stage_at(self.step)
+        stage, turns = self.stage, self.text_turns
         ratio = self.random.choice(stage.ratios)
-        chunk = stage.draw_chunk(self.random)
-        recall = self.sampler.batch(stage.batch, chunk, stage.questions, stage.facts, stage.mixture)
-        return PretrainBatch(ratio, recall)
+        length = stage.draw_chunk(self.random)
+        recall = None
+        if stage.recall:
+            self.sampler.following, self.sampler.behind = stage.following, []
+            recall = self.sampler.batch(
+                stage.batch, length, stage.questions, stage.facts, stage.mixture
+            )
+            chunks, behind = recall.chunks, torch.tensor(self.sampler.behind)
+        else:
+            passages = turns.passages(self.books, stage.batch, length + stage.following)
+            chunks, behind = passages[:, :length], passages[:, length:]
+        recite = turns.recite(chunks, stage.span) if stage.recite else None
+        continuation = turns.continuation(behind) if stage.continuation else None
+        return PretrainBatch(ratio, chunks, recall, recite, continuation)
 
     def loss(self, batch: PretrainBatch) -> tuple[Tensor, dict[str, Value]]:
-        """Cross-entropy of update turns over the chunks' memory, and of final turns without it."""
-        recall, ratio = batch.recall, batch.ratio
+        """Weighted sum of the stage's losses, all from one pass of the compressor."""
+        stage, chunks = self.stage, batch.chunks
         sink = TensorSink(self.decoder.config.num_hidden_layers)
-        window = min(self.model.memory.window, recall.chunks.shape[1])
-        self.compressor.run(recall.chunks, sink, ratio=ratio, window=window)
-        offset = recall.chunks.shape[1] // ratio
-        update, exact = self.turn_loss(recall.turns, recall.labels, offset, sink.memory())
-        final, final_exact = self.turn_loss(recall.final_turns, recall.final_labels, 0, None)
-        metrics: dict[str, Value] = {
-            "update_loss": update.item(),
-            "final": (final_exact.sum().item(), len(final_exact)),
-        }
-        for case, results in itertools.groupby(
-            sorted(zip(recall.cases, exact.tolist(), strict=True)), key=lambda pair: pair[0]
-        ):
-            values = [result for _, result in results]
-            metrics[f"{case}_r{ratio}"] = (sum(values), len(values))
-        return update + FINAL_TURN_WEIGHT * final, metrics
-
-    def turn_loss(
-        self, inputs: Tensor, labels: Tensor, offset: int, memory: list[Tensor] | None
-    ) -> tuple[Tensor, Tensor]:
-        """Mean loss over target tokens, and per row whether every target token was the argmax.
-
-        Rows are read in groups of similar length, so that little of a group is padding.
-        """
-        places = torch.arange(labels.shape[1], device=labels.device)
-        last = torch.where(labels != IGNORED, places, 0).amax(1)
-        order = last.argsort(stable=True)
-        total = torch.zeros((), device=inputs.device)
-        exact = torch.empty(len(inputs), dtype=torch.bool, device=inputs.device)
-        for rows in order.tensor_split(min(LENGTH_GROUPS, len(order))):
-            width = int(last[rows[-1]]) + 1
-            pages = None
-            if memory is not None:
-                pages = MemoryTensors(memory, rows * len(memory[0]) // len(inputs))
-            loss, exact[rows] = self.group_loss(
-                inputs[rows, :width], labels[rows, :width], offset, pages
-            )
-            total = total + loss
-        return self.processes.mean(total, int((labels != IGNORED).sum())), exact
-
-    def group_loss(
-        self, inputs: Tensor, labels: Tensor, offset: int, pages: MemoryTensors | None
-    ) -> tuple[Tensor, Tensor]:
-        """Summed loss over target tokens, and per row whether every one was the argmax."""
-        positions = torch.arange(offset, offset + inputs.shape[1], device=inputs.device)[None]
-        rows, columns = (labels != IGNORED).nonzero(as_tuple=True)
-        hidden = self.decoder(
-            inputs,
-            positions=positions,
-            max_position=offset + inputs.shape[1],
-            pages=pages,
-            select=(rows, columns),
+        hidden = self.compressor.run(
+            chunks,
+            sink,
+            ratio=batch.ratio,
+            window=min(self.model.memory.window, chunks.shape[1]),
+            hidden=stage.language > 0,
         )
-        logits = self.decoder.logits(hidden)
-        targets = labels[rows, columns]
-        wrong = torch.zeros(len(inputs), device=inputs.device)
-        wrong.index_add_(0, rows, (logits.argmax(-1) != targets).float())
-        return F.cross_entropy(logits, targets, reduction="sum"), wrong == 0
+        memory, losses = sink.memory(), {}
+        metrics: dict[str, Value] = {}
+        if batch.recall is not None:
+            losses["recall"] = self.recall_loss(batch.recall, memory, batch.ratio, metrics)
+        if hidden is not None:
+            targets = chunks[:, 1:].flatten()
+            losses["language"] = self.reader.token_loss(hidden[:, :-1].flatten(0, 1), targets)
+        for name in ("recite", "continuation"):
+            turns = getattr(batch, name)
+            if turns is not None:
+                offset = chunks.shape[1] // batch.ratio
+                losses[name], _, hits = self.reader.turn_loss(
+                    turns.inputs, turns.labels, offset, memory
+                )
+                metrics[f"{name}_tokens_r{batch.ratio}"] = (hits.sum().item(), len(hits))
+        for name, value in losses.items():
+            if name != "recall":
+                metrics[f"{name}_loss"] = value.item()
+        total = sum(getattr(stage, name) * value for name, value in losses.items())
+        return total, metrics
+
+    def recall_loss(
+        self, recall: RecallBatch, memory: list[Tensor], ratio: int, metrics: dict[str, Value]
+    ) -> Tensor:
+        """Loss of update turns over the chunks' memory, and of final turns without it."""
+        offset, read = recall.chunks.shape[1] // ratio, self.reader.turn_loss
+        update, exact, _ = read(recall.turns, recall.labels, offset, memory)
+        final, final_exact, _ = read(recall.final_turns, recall.final_labels, 0, None)
+        metrics["update_loss"] = update.item()
+        metrics["final"] = (final_exact.sum().item(), len(final_exact))
+        for case, right in zip(recall.cases, exact.tolist(), strict=True):
+            hits, count = metrics.get(f"{case}_r{ratio}", (0, 0))
+            metrics[f"{case}_r{ratio}"] = (hits + right, count + 1)
+        return update + FINAL_TURN_WEIGHT * final

@@ -8,8 +8,9 @@ weights, gradients and optimiser state are spread over the processes (FSDP2).
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +22,14 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lychee.errors import InputError
+
+# What `accelerate launch` may ask for that training here does not do.
+UNSUPPORTED = {
+    "ACCELERATE_MIXED_PRECISION": "no",
+    "ACCELERATE_USE_DEEPSPEED": "false",
+    "FSDP_VERSION": "2",
+    "FSDP_OFFLOAD_PARAMS": "false",
+}
 
 
 class LossModule(nn.Module):
@@ -35,12 +44,22 @@ class LossModule(nn.Module):
         return self.loss(batch)
 
 
+def refuse_unsupported(environment: Mapping[str, str]) -> None:
+    for name, supported in UNSUPPORTED.items():
+        if environment.get(name, supported).lower() != supported:
+            raise InputError(
+                f"accelerate: {name}: expected {supported}, got {environment[name]}",
+                "launch with --mixed_precision no, and --fsdp_version 2 where you use FSDP",
+            )
+
+
 class Processes:
     """The processes of this run; a run that nobody launched as several has one."""
 
     def __init__(self, device: str = "auto", shard: bool = False):
         """`shard` spreads the weights; `accelerate launch --use_fsdp` asks for it as well."""
         environment = os.environ
+        refuse_unsupported(environment)
         self.count = int(environment.get("WORLD_SIZE", "1"))
         self.rank = int(environment.get("RANK", "0"))
         local = int(environment.get("LOCAL_RANK", "0"))
@@ -73,8 +92,12 @@ class Processes:
             return module
         if self.shard:
             return fully_shard(module)
+        # Every process makes its own rotary tables, as long as it needs; torch 2.13 has a new name.
+        names = ("forward_sync_buffers", "broadcast_buffers")
+        known = inspect.signature(DistributedDataParallel).parameters
+        options = {next(name for name in names if name in known): False}
         # Nothing reads the last layer's memory queries, so a few parameters get no gradient.
-        return DistributedDataParallel(module, broadcast_buffers=False, find_unused_parameters=True)
+        return DistributedDataParallel(module, find_unused_parameters=True, **options)
 
     def part(self, batch: Any) -> Any:
         """This process's part of a batch, by the batch's method `part(index, count)`."""

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Self
 from lychee.errors import InputError
 
 # A list of tables is written as several tables of one name.
-NAMES_IN_FILE = {"stages": "stage"}
+NAMES_IN_FILE = {"stages": "stage", "steps": "step"}
 TYPE_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 

@@ -16,8 +16,11 @@ from typing import Any, ClassVar, Protocol, Self
 import torch
 from torch import Tensor, nn
 
+from lychee.decoder import Decoder
 from lychee.errors import InputError, TrainingError
+from lychee.lora import merge
 from lychee.memory_model import LycheeMemory
+from lychee.train.adapters import attach_adapters, save_adapter_folder
 from lychee.train.checkpoint import capture, check_state, load_state, restore, save_state
 from lychee.train.metrics import Averages, MetricsLog, Value
 from lychee.train.processes import Processes
@@ -72,12 +75,14 @@ class TrainingRun:
         if self.processes.first:
             self.processes.wait()
         self.decoder, self.tokenizer = self.model.decoder, self.model.tokenizer
-        self.identity = identity(self.model)
+        if recipe.lora is not None:
+            attach_adapters(self.decoder, recipe.lora, recipe.seed)
         self.modules = nn.ModuleDict({"decoder": self.decoder})
         self.averages = Averages()
         self.prepare()
         for name, parameter in self.modules.named_parameters():
             parameter.requires_grad_(parameter.requires_grad and self.trains(name))
+        self.identity = identity(self.model, self.modules)
         self.modules.to(self.device)
         self.wrapped = self.processes.wrap(self.modules, self.loss)
         self.optimizer = torch.optim.AdamW(
@@ -113,13 +118,28 @@ class TrainingRun:
 
     def export(self) -> None:
         """Write the model folder of a finished run."""
-        dtype = getattr(torch, self.recipe.export)
-        with self.processes.unsharded(self.wrapped):
-            if self.processes.first:
-                self.decoder.eval()
-                self.model.save_pretrained(self.folder / "model", dtype)
-                self.decoder.train()
+        model = self.plain_model()
+        if model is not None:
+            model.save_pretrained(self.folder / "model", getattr(torch, self.recipe.export))
         self.processes.wait()
+
+    def plain_model(self) -> LycheeMemory | None:
+        """A copy of the model as one process would hold it, on the CPU; None where not `first`.
+
+        Adapters are saved in the run's folder on the way, and merged.
+        """
+        state = {n: self.processes.whole(t) for n, t in self.decoder.state_dict().items()}
+        if not self.processes.first:
+            return None
+        lora, memory = self.recipe.lora, self.model.memory
+        decoder = Decoder(self.decoder.config, memory.param)
+        if lora is not None:
+            attach_adapters(decoder, lora, self.recipe.seed)
+        decoder.load_state_dict(state)
+        if lora is not None:
+            save_adapter_folder(self.folder / "adapter", decoder, lora, memory)
+            merge(decoder)
+        return LycheeMemory(decoder.eval(), self.tokenizer, self.model.raw_config, memory)
 
     def train_step(self) -> dict[str, Value]:
         """One step; returns its metrics."""

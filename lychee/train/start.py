@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from lychee.config import MemoryConfig, ModelConfig
 from lychee.errors import InputError
@@ -16,6 +18,9 @@ from lychee.tokenizer import TextTokenizer
 from lychee.train.initialise import new_decoder
 from lychee.train.recipe import Recipe
 from lychee.weights import load_decoder, read_config
+
+# Values of each frozen tensor that tell its model from others.
+FINGERPRINTED = 256
 
 
 def load_books(folder: Path | None, patterns: tuple[str, ...]) -> list[str]:
@@ -102,7 +107,12 @@ def starting_model(
     return folder_model(recipe, SHIPPED_MODEL if shipped else chosen)
 
 
-def identity(model: LycheeMemory) -> dict[str, Any]:
-    """What a checkpoint must agree with: the decoder's shape and the memory's own projections."""
-    shape = vars(model.decoder.config)
-    return {name: value for name, value in shape.items()} | {"memory_param": model.memory.param}
+def identity(model: LycheeMemory, modules: nn.Module) -> dict[str, Any]:
+    """What a checkpoint must agree with: the decoder's shape, and the weights it does not hold."""
+    shape = dict(vars(model.decoder.config))
+    digest = hashlib.sha256()
+    for name, parameter in modules.named_parameters():
+        if not parameter.requires_grad:
+            start = parameter.detach().flatten()[:FINGERPRINTED].float().cpu()
+            digest.update(name.encode() + start.numpy().tobytes())
+    return shape | {"memory_param": model.memory.param, "frozen_weights": digest.hexdigest()}

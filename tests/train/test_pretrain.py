@@ -147,7 +147,7 @@ def test_learns_one_batch(tmp_path, books):
         group["lr"] = 1e-2
     losses = []
     for _ in range(40):
-        loss, _ = run.loss(PretrainBatch(4, batch))
+        loss, _ = run.loss(PretrainBatch(4, batch.chunks, batch))
         run.optimizer.zero_grad()
         loss.backward()
         run.optimizer.step()
@@ -158,7 +158,7 @@ def test_learns_one_batch(tmp_path, books):
 def test_every_trained_parameter_gets_a_gradient(tmp_path, books):
     run = Pretraining(PretrainRecipe.load(write_recipe(tmp_path)), tmp_path / "run", books=books)
     batch = run.sampler.batch(2, 32, 2, (1, 1), Mixture(single=1.0))
-    loss, _ = run.loss(PretrainBatch(4, batch))
+    loss, _ = run.loss(PretrainBatch(4, batch.chunks, batch))
     loss.backward()
     # Nothing reads the last layer's memory queries: its memory rows only leave keys and values.
     unread = {

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""End-to-end runs of this method, MemAgent and full context: model, texts, and what is timed.
+
+Weights are random, so nothing a run does may depend on what it writes: no token ends a turn, every
+turn writes as many tokens as it may, and the gate's real scores are replaced by a fixed choice of
+chunks. The costs are those of any model of that shape.
+"""
+
+import functools
+import random
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from lychee.baselines.full_context import FullContext
+from lychee.baselines.memagent import MemAgent
+from lychee.config import MemoryConfig, ModelConfig
+from lychee.decoder import Decoder
+from lychee.memory_model import SHIPPED_MODEL, LycheeMemory
+from lychee.tokenizer import TextTokenizer
+
+CUDA = torch.cuda.is_available()
+POSITIONS = 1 << 21
+# 42.5M parameters.
+SMALL = {
+    "model_type": "qwen2",
+    "vocab_size": 16384,
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": POSITIONS,
+}
+QWEN_7B = {
+    "model_type": "qwen2",
+    "vocab_size": 152064,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": POSITIONS,
+}
+CHUNK, WINDOW, RATIO = 4096, 2048, 4
+QUESTION, ANSWER = 30, 128
+SELECTED = 0.1  # share of the chunks that the gate lets through, at least one
+MEMORY_TOKENS = (256, 512, 1024)
+LENGTHS = (
+    tuple(1024 * k for k in (7, 14, 28, 56, 112, 224, 448, 896, 1750))
+    if CUDA
+    else tuple(1024 * k for k in (8, 16, 32, 64, 128))
+)
+ABOUT = (
+    f"{'Qwen2.5-7B shape, bfloat16' if CUDA else '42.5M parameters, float32'}, random weights; "
+    f"chunks of {CHUNK} tokens, windows of {WINDOW}, ratio {RATIO}; sections of MemAgent 5000; "
+    f"questions of {QUESTION} tokens; every turn writes all its notes' tokens, every answer "
+    f"{ANSWER}; the gate scores every chunk and reads {SELECTED:.0%}, at least one"
+)
+
+
+@functools.cache
+def make_model(memory_tokens: int, answer: int = ANSWER) -> LycheeMemory:
+    """A model whose notes and answers have so many tokens; all share one set of weights."""
+    memory = MemoryConfig(
+        window=WINDOW, chunk=CHUNK, ratio=RATIO, param=("q", "k", "v"), size=memory_tokens,
+        answer=answer,
+    )  # fmt: skip
+    model = LycheeMemory(make_decoder(), make_tokenizer(), {}, memory)
+    assert not model.reasoner.prompts.stop, "some token would end a turn"
+    return model
+
+
+@functools.cache
+def make_decoder() -> Decoder:
+    torch.manual_seed(0)
+    with torch.device("cuda" if CUDA else "cpu"):
+        decoder = Decoder(ModelConfig.from_dict(QWEN_7B if CUDA else SMALL), ("q", "k", "v"))
+    for parameter in decoder.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.02)
+    return decoder.to(torch.bfloat16 if CUDA else torch.float32).eval()
+
+
+@functools.cache
+def make_tokenizer() -> TextTokenizer:
+    return TextTokenizer.from_folder(SHIPPED_MODEL)
+
+
+@functools.cache
+def words() -> list[str]:
+    """Words that are one token each, with the space before them."""
+    backend = make_tokenizer().backend
+    texts = (backend.decode([index]) for index in range(backend.get_vocab_size()))
+    return [text for text in texts if len(text) > 3 and text[0] == " " and text[1:].islower()]
+
+
+def make_text(tokens: int, seed: int = 0) -> str:
+    """Random words, `tokens` tokens in all."""
+    text = "".join(random.Random(seed).choices(words(), k=tokens))
+    assert len(make_tokenizer().encode(text)) == tokens
+    return text
+
+
+def make_questions(count: int) -> list[str]:
+    return [make_text(QUESTION, seed=1 + index).strip() for index in range(count)]
+
+
+@dataclass
+class Run:
+    """Seconds by the clock, and of processors' time, of the parts of one run."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    cpu: dict[str, float] = field(default_factory=dict)
+    results: dict = field(default_factory=dict)
+
+    @contextmanager
+    def part(self, name: str):
+        if CUDA:
+            torch.cuda.synchronize()
+        wall, cpu = time.perf_counter(), time.process_time()
+        yield
+        if CUDA:
+            torch.cuda.synchronize()
+        self.seconds[name] = time.perf_counter() - wall
+        self.cpu[name] = time.process_time() - cpu
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
+    @property
+    def total_cpu(self) -> float:
+        return sum(self.cpu.values())
+
+
+def run_memagent(memory_tokens: int, text: str, questions: list[str]) -> Run:
+    run, method = Run(), MemAgent(make_model(memory_tokens))
+    with run.part("ask"):
+        run.results["answers"] = method.answer(text, questions)
+    return run
+
+
+def run_full_context(text: str, questions: list[str]) -> Run:
+    run, method = Run(), FullContext(make_model(MEMORY_TOKENS[0]))
+    with run.part("build"):
+        cache = method.read(method.model.tokenizer.encode(text))
+    with run.part("ask"):
+        ids = [method.model.encode_question(question) for question in questions]
+        answers = method.answer_from(cache, ids)
+    assert all(len(answer) == ANSWER for answer in answers)
+    return run

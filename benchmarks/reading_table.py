@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The closing tables of the end-to-end benchmarks, from their extra_info."""
+
+import reading
+
+PEERS = ("memagent", "full_context")
+
+
+def sections(infos: list[dict]) -> list[tuple[str, list[list[str]], list[str]]]:
+    """(title, rows with the headings first, remarks) of each table that has rows."""
+    found = [
+        ("time to answer", time_rows(infos), [reading.ABOUT, *remarks(infos)]),
+        ("peers on equal shapes, tokens/s", rate_rows(infos), []),
+    ]
+    return [section for section in found if len(section[1]) > 1]
+
+
+def time_rows(infos: list[dict]) -> list[list[str]]:
+    headings = [
+        "tokens", "notes", "read", "batch", "build s", "ask s",
+        *(f"{peer} s" for peer in PEERS),
+        *(f"x {peer}" for peer in PEERS),
+        *(f"at hand x {peer}" for peer in PEERS),
+        *(f"paid after, {peer}" for peer in PEERS),
+    ]  # fmt: skip
+    rows = [headings]
+    for info in infos:
+        if "ratio_at_hand" not in info:
+            continue
+        seconds = info["seconds"]
+        rows.append(
+            [
+                f"{info['length']:,}",
+                str(info["memory_tokens"]),
+                f"{info['selected']} of {info['chunks']}",
+                str(info["batch"]),
+                decimal(seconds["ours"]["build"]),
+                decimal(sum(seconds["ours"].values()) - seconds["ours"]["build"]),
+                *(decimal(sum(seconds[peer].values())) for peer in PEERS),
+                *(f"{info['ratio'][peer]:.2f}" for peer in PEERS),
+                *(f"{info['ratio_at_hand'][peer]:.2f}" for peer in PEERS),
+                *(str(info["questions_until_paid"][peer] or "never") for peer in PEERS),
+            ]
+        )
+    return rows
+
+
+def remarks(infos: list[dict]) -> list[str]:
+    """What to know about the times: threads, and whether other processes shared the cores."""
+    lines = []
+    for info in infos:
+        if "ratio_cpu" not in info:
+            continue
+        wall = sum(sum(parts.values()) for parts in info["seconds"].values())
+        cpu = sum(sum(parts.values()) for parts in info["cpu_seconds"].values())
+        if not reading.CUDA and cpu < 0.9 * wall * info["threads"]:
+            by_cpu = ", ".join(f"{peer} {info['ratio_cpu'][peer]:.2f}" for peer in PEERS)
+            lines.append(
+                f"{info['length']:,} tokens, notes of {info['memory_tokens']}: the processors were "
+                f"ours for {cpu / wall / info['threads']:.0%} of the time; ratios from "
+                f"processors' time: {by_cpu}"
+            )
+    return lines
+
+
+def rate_rows(infos: list[dict]) -> list[list[str]]:
+    rows = [["what", "shape", "ours", *PEERS]]
+    for info in infos:
+        if shapes := info.get("equal_shapes"):
+            rates = (f"{shapes['rates'][name]:,.0f}" for name in ("ours", *PEERS))
+            rows.append([shapes["what"], shapes["shape"], *rates])
+    return rows
+
+
+def decimal(seconds: float) -> str:
+    return f"{seconds:.1f}" if seconds < 100 else f"{seconds:,.0f}"

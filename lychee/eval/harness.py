@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs tasks by lengths by methods, text by text, and sums up each cell."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lychee.data.task import TaskSample
+from lychee.errors import InputError, LycheeError
+from lychee.eval.methods import OURS, Method, PeakMemory, make_method
+from lychee.eval.metrics import score
+from lychee.eval.records import Record, RecordFile, cell_key
+from lychee.eval.report import summarise
+from lychee.eval.tasks import TaskCell
+from lychee.memory_model import SHIPPED_MODEL, LycheeMemory
+
+Load = Callable[[int | None], LycheeMemory]
+Progress = Callable[[int, int], None]
+# Bytes at either end of a weight file that tell it from another.
+SAMPLED = 1 << 16
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How questions are answered; ratio None is the model's own, and says nothing of baselines."""
+
+    method: str = OURS
+    ratio: int | None = None
+    bank_dtype: str = "auto"
+
+
+def settings_of(
+    methods: Sequence[str], ratios: Sequence[int | None], bank_dtypes: Sequence[str]
+) -> list[Setting]:
+    """Ours at every ratio and dtype of the bank, each other method once."""
+    found = []
+    for method in methods:
+        if method == OURS:
+            found += [Setting(OURS, ratio, dtype) for ratio in ratios for dtype in bank_dtypes]
+        else:
+            found.append(Setting(method))
+    return found
+
+
+def fingerprint(folder: Path | None) -> str:
+    """Changes with a model folder's configuration, tokenizer and weights; reads little of them."""
+    folder = folder or SHIPPED_MODEL
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with open(path, "rb") as file:
+            digest.update(file.read(SAMPLED))
+            file.seek(max(0, size - SAMPLED))
+            digest.update(file.read(SAMPLED))
+    return digest.hexdigest()[:16]
+
+
+def run(
+    cells: Sequence[TaskCell],
+    settings: Sequence[Setting],
+    load: Load,
+    records: RecordFile,
+    metrics: Sequence[str] = (),
+    progress: Progress = lambda done, total: None,
+) -> Iterator[dict[str, Any]]:
+    """Answer every question that has no record yet; yield each cell's summary as it is complete.
+
+    Args:
+        load: gives the model at a ratio.
+        metrics: names, of which the first one ranks; each question's own where none is named.
+        progress: called with (questions answered, questions in all) of a cell.
+
+    Raises:
+        InputError: a record that cannot be asked, by name; what was answered before is kept.
+    """
+    models: dict[int | None, LycheeMemory] = {}
+    for setting in settings:
+        if setting.ratio not in models:
+            models = {setting.ratio: load(setting.ratio)}
+        model = models[setting.ratio]
+        method = make_method(setting.method, model, setting.bank_dtype)
+        ratio = model.memory.ratio if setting.method == OURS else None
+        for cell in cells:
+            head = {
+                "task": cell.task,
+                "source": cell.source,
+                "length": cell.length,
+                "method": setting.method,
+                "ratio": ratio,
+                "bank_dtype": setting.bank_dtype if setting.method == OURS else None,
+            }
+            key, done = cell_key(head), 0
+            for index, samples in enumerate(cell.texts()):
+                if not records.has(key, index):
+                    progress(done, cell.questions)
+                    records.add(answer_text(method, model, head, index, samples, metrics))
+                done += len(samples)
+            yield summarise(records.of(key), cell.breakdown)
+
+
+def answer_text(
+    method: Method,
+    model: LycheeMemory,
+    head: Record,
+    index: int,
+    samples: Sequence[TaskSample],
+    metrics: Sequence[str],
+) -> list[Record]:
+    """Ask all questions about one text; their records share its times and its memory."""
+    place = samples[0].details.get("place") or (
+        f"{head['task']}, {head['length']} tokens, text {index + 1}"
+    )
+    if not samples[0].context.strip():
+        raise InputError(f"{place}: context: expected text, got nothing")
+    questions = [sample.question for sample in samples]
+    with PeakMemory(model.decoder.device) as peak:
+        started = time.perf_counter()
+        try:
+            answers = method.answer(samples[0].context, questions)
+        except LycheeError as error:
+            raise InputError(f"{place}: {head['method']}: {error}") from error
+        seconds = time.perf_counter() - started
+    build = method.build_seconds
+    records = []
+    for sample, answer in zip(samples, answers, strict=True):
+        names = metrics or (sample.metric,)
+        usage = answer.usage
+        records.append(
+            head
+            | {
+                "text": index,
+                "questions": len(samples),
+                "question": sample.question,
+                "answers": list(sample.answers),
+                "prediction": answer.text,
+                "scores": {name: score(name, answer.text, sample.answers) for name in names},
+                "details": sample.details,
+                "text_tokens": usage.text_tokens,
+                "memory_tokens": usage.memory_tokens,
+                "memory_bytes": usage.memory_bytes,
+                "chunks": usage.chunks,
+                "chunks_read": usage.chunks_read,
+                "build_seconds": round(build, 4),
+                "ask_seconds": round(seconds - build, 4),
+                "peak_bytes": peak.bytes,
+            }
+        )
+    return records

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The methods that an evaluation compares, by name, and what one answer of theirs costs."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import importlib.util
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from lychee.errors import InputError
+from lychee.memory_model import LycheeMemory
+from lychee.trace import Answer
+
+OURS = "ours"
+# name: (module, class); a method is known where its module is.
+METHODS = {
+    OURS: ("lychee.eval.methods", "Ours"),
+    "memagent": ("lychee.baselines.memagent", "MemAgent"),
+    "full_context": ("lychee.baselines.full_context", "FullContext"),
+}
+STATUS, RESET_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+class Method(Protocol):
+    """Answers questions about a text; `build_seconds` is the last call's time before questions."""
+
+    build_seconds: float
+
+    def answer(self, context: str, questions: Sequence[str]) -> list[Answer]: ...
+
+
+class Ours:
+    """Compress the text into a bank, then ask the bank."""
+
+    def __init__(self, model: LycheeMemory, *, bank_dtype: str = "auto"):
+        self.model = model
+        self.options = {} if bank_dtype == "auto" else {"bank_dtype": bank_dtype}
+        self.build_seconds = 0.0
+
+    def answer(self, context: str, questions: Sequence[str]) -> list[Answer]:
+        for question in questions:
+            self.model.encode_question(question)
+        started = time.perf_counter()
+        bank = self.model.remember(context, **self.options)
+        self.build_seconds = time.perf_counter() - started
+        return self.model.ask_many(bank, questions)
+
+
+def known_methods() -> list[str]:
+    """Names of the methods whose modules are installed."""
+    return [name for name, (module, _) in METHODS.items() if exists(module)]
+
+
+def exists(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def check_methods(names: Sequence[str]) -> None:
+    """InputError for a name that no method has."""
+    for name in names:
+        if name not in (known := known_methods()):
+            raise InputError(f"method: expected one of {', '.join(known)}, got {name!r}")
+
+
+def make_method(name: str, model: LycheeMemory, bank_dtype: str = "auto") -> Method:
+    """The method of that name over a model; only ours has a bank."""
+    check_methods([name])
+    module, attribute = METHODS[name]
+    options = {"bank_dtype": bank_dtype} if name == OURS else {}
+    return getattr(importlib.import_module(module), attribute)(model, **options)
+
+
+class PeakMemory:
+    """Context manager: `bytes` is the most memory in use above what was in use before.
+
+    Allocated bytes on a GPU; resident bytes of this process on Linux, where freed blocks that the
+    allocator kept count as in use before; None elsewhere.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.bytes: int | None = None
+
+    def __enter__(self) -> PeakMemory:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.before: int | None = torch.cuda.memory_allocated(self.device)
+        else:
+            return_freed_memory()
+            self.before = resident_bytes("VmRSS") if reset_peak() else None
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.before is None:
+            return
+        cuda = self.device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated(self.device) if cuda else resident_bytes("VmHWM")
+        self.bytes = max(0, peak - self.before)
+
+
+def return_freed_memory() -> None:
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+
+
+def reset_peak() -> bool:
+    """Let the kernel measure the peak anew; False where it cannot."""
+    try:
+        RESET_PEAK.write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def resident_bytes(field: str) -> int:
+    for line in STATUS.read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) << 10
+    raise OSError(f"{STATUS}: expected {field}, got none")
