@@ -59,9 +59,9 @@ def test_mistakes_of_the_real_command(run, tmp_path, text_file, model_folder):
         assert the_line(result.returncode, result.stdout, result.stderr).startswith(message)
 
 
-def test_folder_as_text(refuse, tmp_path, model_folder):
+def test_folder_without_texts(refuse, tmp_path, model_folder):
     line = refuse("ask", tmp_path, *QUESTION, "--model", model_folder)
-    assert line == f"{tmp_path}: expected a text file, got: Is a directory"
+    assert line == f"{tmp_path}: expected files of .txt, .md, .jsonl, got none"
 
 
 def test_second_file_missing(refuse, tmp_path, text_file, model_folder):
@@ -168,7 +168,7 @@ def test_ratio_that_does_not_divide_the_window(refuse, text_file, model_folder, 
 
 OPTIONS = {
     "no question": (("ask", "x.txt"), "Missing option '--question'"),
-    "no file": (("ask", "-q", "Why?"), "Missing argument 'FILE'; see 'lychee ask --help'"),
+    "no file": (("ask", "-q", "Why?"), "Missing argument 'DOCS'; see 'lychee ask --help'"),
     "no command": ((), "Missing command; see 'lychee --help'"),
     "unknown command": (("tell",), "No such command 'tell'"),
     "unknown option": (("ask", "x.txt", *QUESTION, "--fast"), "No such option: --fast"),
