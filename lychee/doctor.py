@@ -155,7 +155,8 @@ def describe_kernels(torch, problems: list[dict[str, str]]) -> dict[str, Any]:
     }
     if torch is None:
         return found
-    kernels = import_or_report("lychee_kernels", problems, BUILD)
+    fix = BUILD if found["requested"] == "auto" else "unset LYCHEE_BACKEND"
+    kernels = import_or_report("lychee_kernels", problems, fix)
     if kernels is None:
         return found
     try:

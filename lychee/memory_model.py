@@ -233,9 +233,9 @@ class LycheeMemory:
 
     def encode_question(self, question: str) -> list[int]:
         """Token ids of a question; InputError if it is empty or longer than the limit."""
-        if not question.strip():
-            raise InputError("question: expected text, got nothing")
         ids = self.tokenizer.encode(question.strip())
+        if not ids:
+            raise InputError("question: expected text, got nothing")
         if len(ids) > self.memory.question:
             raise InputError(
                 f"question: expected at most {self.memory.question} tokens, got {len(ids)}"

@@ -13,7 +13,7 @@ import typer
 
 from lychee.commands.apps import AsJson, Model, Ratio, app
 from lychee.commands.loading import load_libraries, load_model, load_model_of
-from lychee.errors import InputError
+from lychee.errors import BankError, InputError
 from lychee.progress import ProgressDisplay
 from lychee.quantities import as_duration, as_size
 
@@ -75,11 +75,10 @@ def build(
 def add(bank: Bank, documents: Documents, model: Model = None, as_json: AsJson = False) -> None:
     """Put documents into a bank; one of a name that is there takes the other's place."""
     load_libraries()
-    from lychee.bank import MemoryBank
     from lychee.documents import read_documents
 
+    opened = open_bank(bank)
     refuse_banks(documents)
-    opened = MemoryBank.open(bank)
     texts = read_documents(documents)
     opened.attach(load_model_of(opened, model))
     with ProgressDisplay("Adding", "tokens") as display:
@@ -95,10 +94,9 @@ def rm(
 ) -> None:
     """Remove documents from a bank, so that nothing of them stays in its folder."""
     load_libraries()
-    from lychee.bank import MemoryBank
-
-    opened = MemoryBank.open(bank)
-    opened.remove(list(dict.fromkeys(names)))
+    opened = open_bank(bank)
+    names = list(dict.fromkeys(names))
+    opened.remove(names)
     if as_json:
         print(json.dumps({"removed": names} | summary(opened.describe())))
     else:
@@ -110,9 +108,7 @@ def rm(
 def info(bank: Bank, as_json: AsJson = False) -> None:
     """Say what a bank holds: documents, sizes, and the model it belongs to."""
     load_libraries()
-    from lychee.bank import MemoryBank
-
-    details = MemoryBank.open(bank).describe()
+    details = open_bank(bank).describe()
     if as_json:
         print(json.dumps(details))
         return
@@ -142,6 +138,7 @@ def verify(bank: Bank, as_json: AsJson = False) -> None:
     load_libraries()
     from lychee.bank import verify_bank
 
+    expect_bank(bank)
     with ProgressDisplay("Verifying", "bytes") as display:
         damage = verify_bank(bank, progress=display)
     if as_json:
@@ -150,6 +147,25 @@ def verify(bank: Bank, as_json: AsJson = False) -> None:
         print("\n".join(damage or [f"{bank}: sound"]))
     if damage:
         raise typer.Exit(FAILED)
+
+
+def open_bank(path: Path):
+    """The bank at a path; what else there is instead is said in one line."""
+    from lychee.bank import MemoryBank
+
+    expect_bank(path)
+    return MemoryBank.open(path)
+
+
+def expect_bank(path: Path) -> None:
+    from lychee.bank import is_bank
+
+    if not is_bank(path):
+        found = "a folder of other things" if path.is_dir() else "a file"
+        raise BankError(
+            f"{path}: expected a memory bank, got {found if path.exists() else 'nothing'}",
+            "make one with 'lychee build'",
+        )
 
 
 def refuse_banks(documents: list[Path]) -> None:
@@ -172,22 +188,22 @@ def summary(details: dict[str, Any]) -> dict[str, Any]:
 
 
 def as_line(details: dict[str, Any]) -> str:
+    count = len(details["documents"])
     return (
-        f"{details['path']}: {len(details['documents']):,} documents, {details['tokens']:,} tokens "
-        f"as {details['memory_tokens']:,} memory tokens in {details['chunks']:,} chunks, "
-        f"{as_size(details['memory_bytes'])}"
+        f"{details['path']}: {count:,} document{'' if count == 1 else 's'}, "
+        f"{details['tokens']:,} tokens as {details['memory_tokens']:,} memory tokens in "
+        f"{details['chunks']:,} chunks, {as_size(details['memory_bytes'])}"
     )
 
 
 def print_report(path: Path, report, as_json: bool) -> None:
     """What a build or addition did, and what the bank holds now."""
-    from lychee.bank import MemoryBank
-
-    details = summary(MemoryBank.open(path).describe())
+    details = open_bank(path).describe()
     if as_json:
-        print(json.dumps(asdict(report) | details))
+        done = asdict(report)
+        print(json.dumps(done | {"compressed_tokens": done.pop("tokens")} | summary(details)))
         return
     counts = (f"{len(getattr(report, name)):,} {name}" for name in ("added", "replaced", "skipped"))
-    rate = f" at {report.tokens / report.seconds:,.0f} tokens/s" if report.seconds > 0 else ""
-    print(as_line(MemoryBank.open(path).describe()))
+    rate = f" at {report.tokens / report.seconds:,.0f} tokens/s" if report.tokens else ""
+    print(as_line(details))
     print(f"  {', '.join(counts)} in {as_duration(report.seconds)}{rate}", file=sys.stderr)

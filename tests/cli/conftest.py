@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fixtures of the command's tests: a small random model folder, a text, and a way to run it."""
 
+import io
+import json
 import random
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from lychee import cli
 from lychee.config import MemoryConfig, ModelConfig
 from lychee.decoder import Decoder
 from lychee.tokenizer import END, TextTokenizer
@@ -102,6 +106,51 @@ def run():
         return subprocess.run(command, **options)
 
     return run_command
+
+
+@pytest.fixture
+def invoke(monkeypatch, capfd):
+    """Run `lychee` in this process, for speed; its exit code, output and errors.
+
+    What the command does not catch reaches the test as the exception it is.
+    """
+
+    def run_here(*arguments, input=None):
+        monkeypatch.setattr(sys, "argv", ["lychee", *map(str, arguments)])
+        if input is not None:
+            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(input)))
+        status = cli.run()
+        captured = capfd.readouterr()
+        return SimpleNamespace(status=status, out=captured.out, errors=captured.err)
+
+    return run_here
+
+
+@pytest.fixture
+def answer_of(invoke):
+    """Run a command that must succeed; the JSON object it prints."""
+
+    def run_for_json(*arguments, **options):
+        result = invoke(*arguments, "--json", **options)
+        assert result.status == 0, result.errors
+        return json.loads(result.out)
+
+    return run_for_json
+
+
+@pytest.fixture
+def refuse(invoke):
+    """Run a command that must fail with one line; the line without its prefix."""
+
+    def run_refused(*arguments, **options):
+        result = invoke(*arguments, **options)
+        assert (result.status, result.out) == (2, ""), result.errors
+        lines = result.errors.splitlines()
+        assert len(lines) == 1, result.errors
+        assert lines[0].startswith("lychee: error: ")
+        return lines[0].removeprefix("lychee: error: ")
+
+    return run_refused
 
 
 @pytest.fixture

@@ -42,10 +42,10 @@ def test_ask_prints_the_answer_alone_on_standard_output(run, text_file, model_fo
     assert "Traceback" not in result.stderr
 
 
-def test_ask_json_is_one_object(run, text_file, model_folder):
-    result = run("ask", text_file, text_file, "-q", QUESTION, "--model", model_folder, "--json")
-    assert result.returncode == 0
-    answer = json.loads(result.stdout)
+def test_ask_json_is_one_object(answer_of, tmp_path, text_file, model_folder):
+    files = (text_file, tmp_path / "other.txt")
+    files[1].write_text(text_file.read_text()[:1000])
+    answer = answer_of("ask", *files, "-q", QUESTION, "--model", model_folder)
     assert answer["question"] == QUESTION
     assert isinstance(answer["text"], str)
     assert (answer["model"], answer["trained"], answer["ratio"]) == (str(model_folder), True, 4)
@@ -53,7 +53,7 @@ def test_ask_json_is_one_object(run, text_file, model_folder):
     steps = answer["trace"]
     assert len(steps) == answer["usage"]["chunks"] > 2
     assert [step["chunk"] for step in steps] == list(range(len(steps)))
-    assert {step["document"] for step in steps} == {str(text_file)}
+    assert {step["document"] for step in steps} == set(map(str, files))
     changed = [[step["start"], step["stop"]] for step in steps if step["changed"]]
     assert [[source["start"], source["stop"]] for source in answer["sources"]] == changed
 

@@ -4,26 +4,26 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 
 import lychee_kernels
 
-
-def test_whole_installation(run):
-    result = run("doctor")
-    assert (result.returncode, result.stderr) == (0, "")
-    assert f"torch {torch.__version__}" in result.stdout
-    assert str(ROOT / "lychee_kernels/_C_cpu.so") in result.stdout
-    assert result.stdout.splitlines()[-1] == "no problems"
+ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_report_as_json(run):
-    result = run("doctor", "--json")
-    assert result.returncode == 0
-    report = json.loads(result.stdout)
+def test_whole_installation(invoke):
+    result = invoke("doctor")
+    assert (result.status, result.errors) == (0, "")
+    assert f"torch {torch.__version__}" in result.out
+    assert str(ROOT / "lychee_kernels/_C_cpu.so") in result.out
+    assert result.out.splitlines()[-1] == "no problems"
+
+
+def test_report_as_json(answer_of):
+    report = answer_of("doctor")
     assert report["versions"]["torch"] == torch.__version__
     assert report["kernels"]["isa"] == lychee_kernels.cpu_isa()
     assert report["kernels"]["backends"]["cpu"] == lychee_kernels.backends()
@@ -46,40 +46,35 @@ def broken(run, tmp_path):
         environment = os.environ | {"PYTHONPATH": str(tmp_path)} | environment
         result = run("doctor", "--json", cwd=tmp_path, env=environment)
         assert result.returncode == 1, result.stderr
-        return json.loads(result.stdout)["problems"], tmp_path
+        return json.loads(result.stdout)["problems"]
 
     examine.folder = tmp_path
     return examine
 
 
-def test_missing_library(broken):
+def test_missing_files(broken):
     (broken.folder / "lychee_kernels/_C_cpu.so").unlink()
-    problems, _ = broken()
-    assert len(problems) == 1
-    assert "lychee_kernels" in problems[0]["what"] and "no such file" in problems[0]["what"]
-    assert problems[0]["fix"].startswith("pip install --no-build-isolation")
+    (broken.folder / "lychee/assets").unlink()
+    library, model = broken()
+    assert "lychee_kernels" in library["what"] and "no such file" in library["what"]
+    assert library["fix"].startswith("pip install --no-build-isolation")
+    missing = f"{broken.folder}/lychee/assets/model: expected config.json"
+    assert model["what"].startswith(missing)
+    assert "git checkout" in model["fix"]
 
 
 def test_torch_that_cannot_be_loaded(broken):
     (broken.folder / "torch").mkdir()
     message = "libcudart.so.13: cannot open shared object file"
     (broken.folder / "torch/__init__.py").write_text(f"raise ImportError({message!r})")
-    problems, _ = broken()
+    problems = broken()
     assert [problem["what"] for problem in problems] == [f"torch: cannot be imported: {message}"]
     assert "pip install" in problems[0]["fix"]
 
 
-def test_missing_model(broken):
-    (broken.folder / "lychee/assets").unlink()
-    problems, folder = broken()
-    assert problems[0]["what"].startswith(f"{folder}/lychee/assets/model: expected config.json")
-    assert "git checkout" in problems[0]["fix"]
-
-
-def test_settings_that_nothing_satisfies(broken):
-    problems, _ = broken(LYCHEE_CPU_ISA="avx1024")
+@pytest.mark.parametrize("name, value", [("LYCHEE_CPU_ISA", "avx1024"), ("LYCHEE_BACKEND", "fast")])
+def test_setting_that_nothing_satisfies(broken, name, value):
+    problems = broken(**{name: value})
     assert len(problems) == 1
-    assert "avx1024" in problems[0]["what"]
-    assert problems[0]["fix"] == "unset LYCHEE_CPU_ISA"
-    problems, _ = broken(LYCHEE_BACKEND="fast")
-    assert problems[0]["fix"] == "unset LYCHEE_BACKEND"
+    assert value in problems[0]["what"]
+    assert problems[0]["fix"] == f"unset {name}"

@@ -1,36 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a user can get wrong: one line on standard error, exit code 2, nothing else."""
 
-import io
 import json
 import re
 import shutil
-import sys
 
 import pytest
 from tokenizers import Tokenizer
 
-from lychee import cli
-
 QUESTION = ("-q", "What is it?")
-
-
-@pytest.fixture
-def refuse(monkeypatch, capfd):
-    """Run a command that must fail, in this process for speed; its one line without the prefix.
-
-    What the command does not catch reaches the test as the exception it is.
-    """
-
-    def run_refused(*arguments, input=None):
-        monkeypatch.setattr(sys, "argv", ["lychee", *map(str, arguments)])
-        if input is not None:
-            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(input)))
-        status = cli.run()
-        captured = capfd.readouterr()
-        return the_line(status, captured.out, captured.err)
-
-    return run_refused
 
 
 def the_line(status, out, errors):
@@ -81,9 +59,9 @@ def test_mistakes_of_the_real_command(run, tmp_path, text_file, model_folder):
         assert the_line(result.returncode, result.stdout, result.stderr).startswith(message)
 
 
-def test_folder_as_text(refuse, tmp_path, model_folder):
+def test_folder_without_texts(refuse, tmp_path, model_folder):
     line = refuse("ask", tmp_path, *QUESTION, "--model", model_folder)
-    assert line == f"{tmp_path}: expected a text file, got: Is a directory"
+    assert line == f"{tmp_path}: expected files of .txt, .md, .jsonl, got none"
 
 
 def test_second_file_missing(refuse, tmp_path, text_file, model_folder):
@@ -190,7 +168,7 @@ def test_ratio_that_does_not_divide_the_window(refuse, text_file, model_folder, 
 
 OPTIONS = {
     "no question": (("ask", "x.txt"), "Missing option '--question'"),
-    "no file": (("ask", "-q", "Why?"), "Missing argument 'FILE'; see 'lychee ask --help'"),
+    "no file": (("ask", "-q", "Why?"), "Missing argument 'DOCS'; see 'lychee ask --help'"),
     "no command": ((), "Missing command; see 'lychee --help'"),
     "unknown command": (("tell",), "No such command 'tell'"),
     "unknown option": (("ask", "x.txt", *QUESTION, "--fast"), "No such option: --fast"),

@@ -28,8 +28,27 @@ def test_one_line_per_ten_seconds_off_a_terminal(monkeypatch, capsys):
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.splitlines() == [
-        "lychee: Remembering: 10,000 of 25,000 tokens, 40%",
-        "lychee: Remembering: 20,000 of 25,000 tokens, 80%",
+        "lychee: Remembering: 10,000 of 25,000 tokens, 40%, 1,000 tokens/s, 15.0 s left",
+        "lychee: Remembering: 20,000 of 25,000 tokens, 80%, 1,000 tokens/s, 5.0 s left",
+    ]
+
+
+def test_speed_leaves_out_what_was_done_before(monkeypatch, capsys):
+    """By the first call where nothing else is said, and by the caller's word where it is."""
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with ProgressDisplay("Building", "tokens") as display:
+        display(90_000, 100_000)
+        now[0] += 10.0
+        display(91_000, 100_000)
+        now[0] += 10.0
+        display(100_000, 100_000, 5.0)
+        now[0] += 10.0
+        display(100_000, 400_000, 12.5)
+    assert [line.partition("%, ")[2] for line in capsys.readouterr().err.splitlines()] == [
+        "100 tokens/s, 1 min 30 s left",
+        "5.0 tokens/s, 0.0 s left",
+        "12 tokens/s, 6 h 40 min left",
     ]
 
 
