@@ -83,7 +83,8 @@ def ruler_hqa(record: Record) -> TaskSample:
     context = record.text("context")
     question = record.get("extra_info.question", "question")
     if question is None:
-        prompt = record.get("prompt")
+        if (prompt := record.get("prompt")) is None:
+            record.text("question", "prompt")
         if isinstance(prompt, list) and prompt and isinstance(prompt[-1], dict):
             prompt = prompt[-1].get("content")
         if not isinstance(prompt, str) or not prompt.strip():

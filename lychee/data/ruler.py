@@ -132,7 +132,7 @@ class RulerMaker:
     fillers: dict[str, Filler] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        self.words = of_split(self.words, self.split)
+        self.words = list(dict.fromkeys(of_split(self.words, self.split)))
         if len(self.words) < 16:
             raise InputError(
                 f"words: expected at least 16 of the {self.split or 'whole'} split, got "
@@ -179,8 +179,11 @@ class RulerMaker:
 
         def add_key() -> int:
             """A new key with its values; the tokens of its statements."""
-            while (key := self._draw(setting.key, draw, key=True)) in facts:
-                continue
+            key, tries = "", 0
+            while not key or key in facts:
+                # Where a long text has used up the keys of two words, they become longer.
+                key = self._draw(setting.key, draw, draw.randint(1, 2) + tries // 8)
+                tries += 1
             facts[key] = []
             while len(facts[key]) < setting.values:
                 value = self._draw(setting.value, draw)
@@ -269,10 +272,10 @@ class RulerMaker:
                 self.fillers[haystack] = Filler.generated(self.count, self.split, self.seed)
         return plant(self.fillers[haystack].draw(room, draw), statements, draw)
 
-    def _draw(self, kind: str, draw: random.Random, key: bool = False) -> str:
-        """A word, number or uuid of the split; keys of words are one word or two."""
+    def _draw(self, kind: str, draw: random.Random, words: int = 1) -> str:
+        """Words, a number or a uuid of the split."""
         if kind == "word":
-            return " ".join(draw.sample(self.words, draw.randint(1, 2) if key else 1))
+            return " ".join(draw.choices(self.words, k=words))
         if kind == "number":
             return self._of_split(lambda: str(draw.randrange(10**6, 10**7)))
         return self._of_split(lambda: str(uuid.UUID(int=draw.getrandbits(128), version=4)))

@@ -1,19 +1,54 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The needle evaluation: lengths, counts and judgements, on a tiny random model."""
+"""The evaluation harness on a tiny random model: counts, records, resuming, errors."""
 
+import json
 import random
 
 import pytest
 
 from lychee.data.needles import NeedleMaker
+from lychee.data.task import TaskSample
 from lychee.errors import InputError
-from lychee.eval.needles import evaluate, judge, key_counts, make_text, wilson_interval
-from lychee.eval.report import HEADER, table_row
-from lychee.trace import Answer, Usage
+from lychee.eval import methods
+from lychee.eval.harness import Setting, fingerprint, run, settings_of
+from lychee.eval.methods import PeakMemory, check_methods, make_method
+from lychee.eval.needles import BREAKDOWN, NeedleTexts, key_counts
+from lychee.eval.records import RECORDS, RecordFile
+from lychee.eval.report import Table, summarise, wilson_interval
+from lychee.eval.tasks import Request, TaskCell, task_cells, task_names
+
+SHARED = {"seed": 1}
 
 
-def answer(text: str) -> Answer:
-    return Answer("q", text, [], [], Usage(0, 0, 0, 0, 0, 0.0, 0.0))
+@pytest.fixture(scope="module")
+def books(tmp_path_factory, prose):
+    """Words of several tokens in the tiny vocabulary do not count, so needles need their own."""
+    path = tmp_path_factory.mktemp("books") / "book.txt"
+    path.write_text(prose(3000))
+    return path
+
+
+@pytest.fixture
+def needle_texts(tiny_model, books):
+    texts = NeedleTexts.__new__(NeedleTexts)
+    texts.tokenizer, texts.words = tiny_model.tokenizer, [f"w{index}" for index in range(20)]
+    text = books.read_text()
+    texts.books = [(text, tiny_model.tokenizer.encode_with_offsets(text)[1])]
+    return texts
+
+
+@pytest.fixture
+def cells(needle_texts):
+    def cell(length):
+        return TaskCell(
+            "needles", "", length, 6, lambda: needle_texts.texts(length, 6, 1), "exact", BREAKDOWN
+        )
+
+    return [cell(length) for length in (200, 300)]
+
+
+def evaluate(cells, model, folder=None, metrics=()):
+    return list(run(cells, [Setting()], lambda _: model, RecordFile(folder, SHARED), metrics))
 
 
 @pytest.mark.parametrize("questions", [1, 3, 5, 7, 100])
@@ -22,42 +57,179 @@ def test_key_counts_add_up(questions):
     assert sum(counts) == questions and set(counts) <= {1, 2, 3, 4}
 
 
-def test_judge_wants_the_whole_value():
-    needle = NeedleMaker([f"word{index}" for index in range(20)]).make("number")
-    assert judge(needle, 1, answer(needle.value)).exact
-    assert not judge(needle, 1, answer(needle.value[:-1])).exact
-    assert not judge(needle, 1, answer(needle.value + "0")).exact
-
-
 def test_wilson_interval_by_hand():
     low, high = wilson_interval(9, 10)
     assert (round(low, 3), round(high, 3)) == (0.596, 0.982)
     assert wilson_interval(0, 0) == (0.0, 1.0)
 
 
-def test_texts_have_the_length_asked_for(tiny_model, prose):
-    text = prose(3000)
-    book = (text, tiny_model.tokenizer.encode_with_offsets(text)[1])
+def test_texts_have_the_length_asked_for(needle_texts):
     maker = NeedleMaker([f"w{index}" for index in range(20)])
-    made, hidden = make_text(tiny_model, [book], 600, 3, maker, random.Random(0))
-    assert abs(len(tiny_model.tokenizer.encode(made)) - 600) <= 6
+    made, hidden = needle_texts.make_text(600, 3, maker, random.Random(0))
+    assert abs(len(needle_texts.tokenizer.encode(made)) - 600) <= 6
     for needle, place in hidden:
         assert made[place:].startswith(needle.statement)
-
-
-def test_evaluation_is_reproducible_and_counts(tiny_model, prose, tmp_path):
-    path = tmp_path / "book.txt"
-    path.write_text(prose(3000))
-    cells = [list(evaluate(tiny_model, [path], [200, 300], 6, seed=1)) for _ in range(2)]
-    assert [c.questions for c in cells[0]] == [c.questions for c in cells[1]]
-    for cell, length in zip(cells[0], (200, 300), strict=True):
-        assert cell.length == length and cell.accuracy()[1] == 6
-        assert cell.accuracy(keys=1)[1] + cell.accuracy(keys=4)[1] <= 6
-        assert table_row(cell).count("|") == HEADER.splitlines()[0].count("|")
-
-
-def test_a_book_too_short_is_named(tiny_model, prose, tmp_path):
-    path = tmp_path / "book.txt"
-    path.write_text(prose(300))
     with pytest.raises(InputError, match="books: expected one of more than"):
-        next(iter(evaluate(tiny_model, [path], [100_000], 1, seed=1)))
+        needle_texts.make_text(100_000, 3, maker, random.Random(0))
+
+
+def test_cells_count_what_was_asked(cells, tiny_model):
+    found = evaluate(cells, tiny_model)
+    assert [cell["length"] for cell in found] == [200, 300]
+    table = Table([], list(BREAKDOWN), ["exact"])
+    for cell in found:
+        assert (cell["questions"], cell["texts"], cell["ratio"]) == (6, 3, 4)
+        assert abs(cell["tokens"] - cell["length"]) <= 6
+        assert cell["chunks_read"] == cell["chunks"] > 0
+        assert cell["answer_seconds"] == cell["build_seconds"] + cell["ask_seconds"] > 0
+        assert cell["breakdown"]["numbers"][1] + cell["breakdown"]["words"][1] == 6
+        assert table.row(cell).count("|") == table.header.splitlines()[0].count("|")
+
+
+def test_scores_are_of_the_answers_given(cells, tiny_model, tmp_path):
+    evaluate(cells[:1], tiny_model, tmp_path, metrics=["string_match_all", "exact"])
+    lines = (tmp_path / RECORDS).read_text().splitlines()
+    stored = [json.loads(line) for line in lines]
+    for text, samples in enumerate(cells[0].texts()):
+        bank = tiny_model.remember(samples[0].context)
+        answers = tiny_model.ask_many(bank, [sample.question for sample in samples])
+        records = [record for record in stored if record["text"] == text]
+        assert [record["prediction"] for record in records] == [a.text for a in answers]
+        assert [record["answers"] for record in records] == [list(s.answers) for s in samples]
+    # A prediction changed by hand to hold the answer would count: scores come from the records.
+    record = stored[0] | {"scores": {"exact": 1.0}}
+    assert summarise([record], {})["score"] == 1.0
+    assert list(stored[0]["scores"]) == ["string_match_all", "exact"]
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(cells, tiny_model, tmp_path, monkeypatch):
+    whole = evaluate(cells, tiny_model, tmp_path / "whole")
+    asked = []
+
+    class Stopping(methods.Ours):
+        def answer(self, context, questions):
+            if len(asked) == 4:
+                raise KeyboardInterrupt
+            asked.append(context)
+            return super().answer(context, questions)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(methods, "Ours", Stopping)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(cells, tiny_model, tmp_path / "part")
+    path = tmp_path / "part" / RECORDS
+    # The process died while it wrote the fourth text: half of its records, half of a line.
+    lines = path.read_text().splitlines(keepends=True)
+    assert len(asked) == 4
+    path.write_text("".join(lines[:-1]) + lines[-1][:50])
+    with monkeypatch.context() as patch:
+        asked.clear()
+        patch.setattr(methods, "Ours", Stopping)
+        evaluate(cells, tiny_model, tmp_path / "part")
+        assert len(asked) == 3
+        assert evaluate(cells, tiny_model, tmp_path / "part") and len(asked) == 3
+    resumed = evaluate(cells, tiny_model, tmp_path / "part")
+    times = {"build_seconds", "ask_seconds", "answer_seconds", "peak_bytes"}
+    for first, second in zip(whole, resumed, strict=True):
+        assert {k: first[k] for k in first.keys() - times} == {
+            k: second[k] for k in second.keys() - times
+        }
+    assert path.read_text().endswith("\n")
+
+
+def test_other_settings_and_broken_records_are_refused(cells, tiny_model, tmp_path):
+    evaluate(cells[:1], tiny_model, tmp_path)
+    with pytest.raises(InputError, match=r"run\.json: seed: expected 1 .* got 2; name another"):
+        RecordFile(tmp_path, {"seed": 2})
+    path = tmp_path / RECORDS
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], "{", *lines[1:], ""]))
+    with pytest.raises(InputError, match=r"records\.jsonl: line 2: expected a record"):
+        RecordFile(tmp_path, SHARED)
+
+
+def test_what_cannot_be_asked_is_named(tiny_model):
+    def cell(*samples):
+        return TaskCell("own", "f", None, len(samples), lambda: iter([[s] for s in samples]))
+
+    good = TaskSample("own", "The sea ran high.", "Who?", ("a",), metric="f1")
+    long = TaskSample("own", "The sea.", "why " * 200, ("a",), (), "f1", {"place": "f: line 2"})
+    empty = TaskSample("own", " ", "Who?", ("a",), (), "f1", {"place": "f: line 3"})
+    with pytest.raises(InputError, match="f: line 2: ours: question: expected at most 120 tokens"):
+        evaluate([cell(good, long)], tiny_model)
+    with pytest.raises(InputError, match="f: line 3: context: expected text, got nothing"):
+        evaluate([cell(good, empty)], tiny_model)
+
+
+def test_methods_and_settings():
+    assert settings_of(["ours", "memagent"], [2, 4], ["auto", "int8"]) == [
+        *(Setting("ours", ratio, dtype) for ratio in (2, 4) for dtype in ("auto", "int8")),
+        Setting("memagent"),
+    ]
+    with pytest.raises(InputError, match="method: expected one of ours.*, got 'guess'"):
+        check_methods(["ours", "guess"])
+
+
+def test_every_installed_method_answers(tiny_model, prose):
+    for name in methods.known_methods():
+        method = make_method(name, tiny_model)
+        questions = ["where is the sea", "who cried over the mast"]
+        answers = method.answer(prose(60), questions)
+        assert [answer.question for answer in answers] == questions
+        assert method.build_seconds >= 0 and all(a.usage.text_tokens > 60 for a in answers)
+
+
+def test_task_names_and_lengths(books, tiny_model):
+    assert task_names("vt,needles,vt") == ["vt", "needles"]
+    assert len(task_names("ruler")) == 11
+    with pytest.raises(InputError, match="task: expected one of ruler, needles, .*, got 'qa'"):
+        task_names("vt,qa")
+    with pytest.raises(InputError, match="expected tasks that are generated or tasks of files"):
+        task_cells(["vt", "own"], [100], Request((books,)), tiny_model.tokenizer)
+    with pytest.raises(InputError, match="own: expected a data file, got none"):
+        task_cells(["own"], [100], Request(), tiny_model.tokenizer)
+
+
+def test_a_text_is_asked_all_its_questions(tiny_model):
+    """RULER's tasks over the shipped novel: as many questions as asked for, texts shared."""
+    request = Request((), 6, split=None)
+    (cell,) = task_cells(["fwe"], [700], request, ShippedWords(tiny_model.tokenizer))
+    assert len(list(cell.texts())) == 6
+    (cell,) = task_cells(["niah_multikey_1"], [700], request, ShippedWords(tiny_model.tokenizer))
+    assert [len(samples) for samples in cell.texts()] == [4, 2]
+
+
+class ShippedWords:
+    """Counts words as tokens, so that the novel's words are one token each."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def encode(self, text):
+        return text.split()
+
+
+def test_fingerprint_changes_with_the_weights(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(bytes(200_000))
+    first = fingerprint(tmp_path)
+    weights.write_bytes(bytes(199_999) + b"1")
+    assert fingerprint(tmp_path) != first == fingerprint_again(tmp_path, weights)
+
+
+def fingerprint_again(folder, weights):
+    weights.write_bytes(bytes(200_000))
+    return fingerprint(folder)
+
+
+def test_peak_memory_sees_what_was_used_and_freed(tiny_model):
+    device = tiny_model.decoder.device
+    with PeakMemory(device) as small:
+        pass
+    with PeakMemory(device) as large:
+        block = bytearray(96 << 20)
+        del block
+    if small.bytes is None:
+        pytest.skip("this system does not measure a process's peak")
+    assert small.bytes < 16 << 20 and 90 << 20 < large.bytes < 130 << 20
