@@ -123,14 +123,15 @@ def run_plan(
     out: Out = Path("reproduction"),
     books: Books = None,
     plan: Annotated[
-        Path | None, typer.Option("--plan", metavar="FILE", help="Steps; else the shipped ones.")
+        Path | None,
+        typer.Option("--plan", metavar="FILE", help="TOML of stages; else the shipped one."),
     ] = None,
     only: Annotated[
-        str | None, typer.Option("--only", metavar="STEP", help="Run this step alone.")
+        str | None, typer.Option("--only", metavar="STAGE", help="Run this stage alone.")
     ] = None,
     device: Where = Device.auto,
 ) -> None:
-    """Train the shipped model from nothing, step by step; the same call goes on where it was."""
+    """Train the shipped model from nothing, stage by stage; the same call goes on where it was."""
     load_libraries()
     from lychee.train.reproduce import SHIPPED_RECIPE, reproduce
 

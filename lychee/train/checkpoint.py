@@ -85,7 +85,7 @@ def check_state(path: Path, state: dict[str, Any], expected: dict[str, Any]) -> 
         )
     for part in ("model", "recipe"):
         found, wanted = state[part], expected[part]
-        for name in sorted(found.keys() | wanted.keys()):
+        for name in wanted | found:
             if found.get(name) != wanted.get(name):
                 raise CheckpointError(
                     f"{path}: {part}: {name}: expected {wanted.get(name)!r} as in this run, "

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Self
 from lychee.errors import InputError
 
 # A list of tables is written as several tables of one name.
-NAMES_IN_FILE = {"stages": "stage", "steps": "step"}
+NAMES_IN_FILE = {"stages": "stage"}
 TYPE_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
@@ -109,9 +109,7 @@ class Recipe:
             raw = tomllib.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise InputError(f"{path}: expected a training recipe, got: {error}") from error
-        if "stage" in raw:
-            raw["stages"] = raw.pop("stage")
-        return read_fields(cls, raw, f"{path}: ")
+        return read_fields(cls, rename_stages(raw), f"{path}: ")
 
     @property
     def total_steps(self) -> int:
@@ -143,13 +141,19 @@ class Recipe:
         return {n: v for n, v in values.items() if n not in self.free} | {"stage": started}
 
 
+def rename_stages(raw: dict[str, Any]) -> dict[str, Any]:
+    """[[stage]] tables under the name of the field that holds them."""
+    return {("stages" if name == "stage" else name): value for name, value in raw.items()}
+
+
 def read_fields(cls: type, raw: dict[str, Any], where: str) -> Any:
     """An instance of a dataclass from a TOML table; `where` opens every error's message."""
     hints = typing.get_type_hints(cls)
     known = {item.name: item for item in dataclasses.fields(cls)}
+    listed = ", ".join(NAMES_IN_FILE.get(name, name) for name in known)
     for name in raw:
         if name not in known:
-            raise InputError(f"{where}{name}: expected one of {', '.join(known)}, got this field")
+            raise InputError(f"{where}{name}: expected one of {listed}, got this field")
     for name, item in known.items():
         defaults = (item.default, item.default_factory)
         if name not in raw and all(value is dataclasses.MISSING for value in defaults):

@@ -1,162 +1,77 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pretraining: recipes, starting weights, learning, and resuming to the same bits."""
+"""Pretraining: its losses on facts and on any texts, its recipes, and starting weights."""
 
 import json
-import random
-import shutil
 
 import pytest
 import torch
+from small_run import RECIPE, run_folder, small_run, steps, write_recipe
 
+from lychee.compressor import TensorSink
 from lychee.config import ModelConfig
-from lychee.data.recall import Mixture
+from lychee.data.recall import IGNORED, Mixture
 from lychee.decoder import rotate
 from lychee.errors import InputError
-from lychee.tokenizer import TextTokenizer
 from lychee.train.initialise import new_decoder
 from lychee.train.pretrain import PretrainBatch, Pretraining, PretrainRecipe
 
-RECIPE = """
-seed = 0
-threads = 1
-warmup_steps = 2
-weight_decay = 0.01
-save_every = 2
-log_every = 2
-books = ["book.txt"]
-
-[model]
-model_type = "qwen2"
-vocab_size = 700
-hidden_size = 32
-intermediate_size = 64
-num_hidden_layers = 3
-num_attention_heads = 4
-num_key_value_heads = 4
-tie_word_embeddings = true
-eos_token_id = 0
-
-[memory]
-window = 64
-chunk = 64
-ratio = 4
-param = ["q", "k", "v"]
-
-[memory.templates]
-update = "<|memory|>{memory}<|question|>{question}<|update|>"
-answer = "<|memory|>{memory}<|question|>{question}<|answer|>"
-no_memory = " none"
-
+TEXTS = """
 [[stage]]
 steps = 2
-chunk = 32
-batch = 4
-questions = 2
-facts = [1, 1]
-learning_rate = [3e-3, 3e-3]
-single = 1.0
-
-[[stage]]
-steps = 4
 chunk = 64
 batch = 2
-questions = 3
-facts = [0, 1]
-learning_rate = [3e-3, 1e-5]
+recall = 0
+language = 1.0
+recite = 0.5
+continuation = 0.5
+span = 24
+learning_rate = [3e-3, 1e-3]
 ratios = [2, 4]
 """
-
-
-@pytest.fixture(scope="session")
-def books(tmp_path_factory):
-    """A folder with one book of few words, each often enough to become a token."""
-    draw = random.Random(0)
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    words = ["".join(draw.choice(letters) for _ in range(5)) for _ in range(100)]
-    text = " ".join(draw.choice(words) + draw.choice(["", "", "", "."]) for _ in range(60_000))
-    folder = tmp_path_factory.mktemp("books")
-    (folder / "book.txt").write_text(text)
-    TextTokenizer.train([text], 700, number_repeats=0).save(folder)
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def ready_tokenizer(tmp_path, books):
-    """Runs find a tokenizer and need not train one."""
-    for name in ("run", "whole", "part"):
-        (tmp_path / name).mkdir()
-        shutil.copy(books / "tokenizer.json", tmp_path / name)
-
-
-def write_recipe(folder, text=RECIPE):
-    path = folder / "recipe.toml"
-    path.write_text(text)
-    return path
-
-
-def weights(folder):
-    return torch.load(folder / "state.pt", weights_only=True)["weights"]
-
-
-def test_resuming_gives_the_same_weights(tmp_path, books):
-    recipe = PretrainRecipe.load(write_recipe(tmp_path))
-    whole = Pretraining(recipe, tmp_path / "whole", books=books)
-    whole.run()
-    part = Pretraining(recipe, tmp_path / "part", books=books)
-    for _ in range(4):
-        part.train_step()
-        part.step += 1
-    part.save()
-    del part
-    Pretraining.train(tmp_path / "recipe.toml", tmp_path / "part", books=books, resume=True)
-    expected, resumed = weights(tmp_path / "whole"), weights(tmp_path / "part")
-    for name, tensor in expected.items():
-        assert torch.equal(resumed[name], tensor), name
+TEXT_RECIPE = RECIPE[: RECIPE.index("[[stage]]")] + TEXTS
 
 
 def test_losses_are_those_of_the_first_trainer(tmp_path, books):
     """Computed with the trainer that the shipped model came from, before it became this one."""
-    run = Pretraining(PretrainRecipe.load(write_recipe(tmp_path)), tmp_path / "run", books=books)
-    losses = []
-    for _ in range(6):
-        losses.append(run.train_step()["loss"])
-        run.step += 1
-    expected = [8.7155085, 8.2162847, 8.1011486, 8.4204702, 8.5037222, 8.2095604]
-    assert losses == pytest.approx(expected, rel=1e-4)
+    expected = [9.2638378, 8.6511517, 8.1586313, 8.0906315, 8.1735983, 7.8915548]
+    assert steps(small_run(tmp_path / "run", books), 6) == pytest.approx(expected, rel=1e-4)
 
 
-def test_metrics_are_logged(tmp_path, books):
-    Pretraining.train(write_recipe(tmp_path), tmp_path / "run", books=books)
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
-    assert [record["step"] for record in records] == [2, 4, 6]
-    assert all(record["loss"] > 0 and record["eta_s"] >= 0 for record in records)
-
-
-def test_a_finished_folder_is_not_overwritten(tmp_path, books):
-    Pretraining.train(write_recipe(tmp_path), tmp_path / "run", books=books)
-    with pytest.raises(InputError, match="expected a folder without a run"):
-        Pretraining.train(tmp_path / "recipe.toml", tmp_path / "run", books=books)
-
-
-def test_learns_one_batch(tmp_path, books):
-    """Loss of a repeated batch falls by far: gradients reach what they must."""
-    run = Pretraining(PretrainRecipe.load(write_recipe(tmp_path)), tmp_path / "run", books=books)
-    batch = run.sampler.batch(4, 32, 2, (1, 1), Mixture(single=1.0))
+def falls(run, batch, count):
+    """First and last loss of a batch that is learned over and over."""
     for group in run.optimizer.param_groups:
         group["lr"] = 1e-2
     losses = []
-    for _ in range(40):
-        loss, _ = run.loss(PretrainBatch(4, batch.chunks, batch))
+    for _ in range(count):
+        loss, _ = run.loss(batch)
         run.optimizer.zero_grad()
         loss.backward()
         run.optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.3 * losses[0]
+    return losses[0], losses[-1]
+
+
+def test_learns_one_batch(tmp_path, books):
+    """Loss of a repeated batch falls by far: gradients reach what they must."""
+    run = small_run(tmp_path / "run", books)
+    batch = run.sampler.batch(4, 32, 2, (1, 1), Mixture(single=1.0))
+    first, last = falls(run, PretrainBatch(4, batch.chunks, batch), 40)
+    assert last < 0.3 * first
+
+
+@pytest.mark.parametrize("alone", ["language", "recite", "continuation"])
+def test_learns_one_batch_of_text(tmp_path, books, alone):
+    recipe = TEXT_RECIPE
+    for name in ("language = 1.0", "recite = 0.5", "continuation = 0.5"):
+        if not name.startswith(alone):
+            recipe = recipe.replace(name, name.split("=")[0] + "= 0.0")
+    run = small_run(tmp_path / "run", books, recipe)
+    first, last = falls(run, run.sample(), 25)
+    assert last < 0.6 * first
 
 
 def test_every_trained_parameter_gets_a_gradient(tmp_path, books):
-    run = Pretraining(PretrainRecipe.load(write_recipe(tmp_path)), tmp_path / "run", books=books)
+    run = small_run(tmp_path / "run", books)
     batch = run.sampler.batch(2, 32, 2, (1, 1), Mixture(single=1.0))
     loss, _ = run.loss(PretrainBatch(4, batch.chunks, batch))
     loss.backward()
@@ -168,29 +83,98 @@ def test_every_trained_parameter_gets_a_gradient(tmp_path, books):
     assert missing == unread
 
 
-def test_learning_rate_is_linear_within_stages(tmp_path):
-    recipe = PretrainRecipe.load(write_recipe(tmp_path))
-    rates = [recipe.learning_rate_at(step) for step in range(6)]
-    assert rates[:3] == pytest.approx([1.5e-3, 3e-3, 3e-3])
-    assert rates[4] == pytest.approx((3e-3 + 1e-5) / 2)
+def test_raw_states_are_the_language_models(tmp_path, books):
+    """Where no memory token stands before a token, the compressor is the plain decoder."""
+    run = small_run(tmp_path / "run", books)
+    ids = torch.randint(0, 700, (2, 16))
+    sink = TensorSink(3)
+    states = run.compressor.run(ids, sink, ratio=16, window=16, hidden=True)
+    expected = run.decoder(ids, positions=torch.arange(16)[None], max_position=16)
+    torch.testing.assert_close(states, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (("seed = 0", "seed = "), "expected a training recipe"),
-        (("steps = 2\nchunk", "chunk"), r"stage\[1\].steps: expected a value, got none"),
-        (("chunk = 32", "chonk = 32"), r"stage\[1\].chonk: expected one of steps, "),
-    ],
-)
-def test_bad_recipes(tmp_path, change, message):
-    with pytest.raises(InputError, match=message):
-        PretrainRecipe.load(write_recipe(tmp_path, RECIPE.replace(*change)))
+def test_raw_states_leave_the_memory_as_it_is(tmp_path, books):
+    run = small_run(tmp_path / "run", books)
+    ids = torch.randint(0, 700, (2, 64))
+    memories = []
+    for hidden in (False, True):
+        sink = TensorSink(3)
+        run.compressor.run(ids, sink, ratio=4, window=32, hidden=hidden)
+        memories.append(sink.memory())
+    for expected, memory in zip(*memories, strict=True):
+        torch.testing.assert_close(memory, expected, rtol=1e-4, atol=1e-5)
+
+
+def targets(turns, row):
+    return [token for token in turns.labels[row].tolist() if token != IGNORED]
+
+
+def test_recited_spans_stand_behind_their_cue(tmp_path, books):
+    run = small_run(tmp_path / "run", books, TEXT_RECIPE)
+    for _ in range(20):
+        batch = run.sample()
+        for row, chunk in enumerate(batch.chunks.tolist()):
+            span = targets(batch.recite, row)
+            assert len(span) == 24
+            first = int((batch.recite.labels[row] != IGNORED).nonzero()[0])
+            joined = batch.recite.inputs[row, first - 7 : first + 1].tolist() + span
+            assert any(chunk[i : i + 32] == joined for i in range(len(chunk) - 31))
+
+
+@pytest.mark.parametrize("recall", ["recall = 0", "questions = 2\nfacts = [1, 2]"])
+def test_continuations_follow_the_chunk_in_its_book(tmp_path, books, recall):
+    run = small_run(tmp_path / "run", books, TEXT_RECIPE.replace("recall = 0", recall))
+    batch = run.sample()
+    (book,) = run.books
+    for row, chunk in enumerate(batch.chunks.tolist()):
+        following = targets(batch.continuation, row)
+        places = [i for i in range(len(book) - 24) if book[i : i + 24] == following]
+        last = chunk[-4:]
+        assert any(book[place - 4 : place] == last for place in places)
+
+
+def test_short_texts_are_joined(tmp_path, books):
+    """A folder of one's own may hold texts shorter than a chunk."""
+    text = (books / "book.txt").read_text()
+    folder = tmp_path / "own"
+    folder.mkdir()
+    for index in range(12):
+        (folder / f"{index}.txt").write_text(text[index * 200 : index * 200 + 200])
+    recipe = write_recipe(tmp_path, TEXT_RECIPE.replace('["book.txt"]', "[]"))
+    out = run_folder(tmp_path / "run", books)
+    Pretraining.train(recipe, out, books=folder)
+    record = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {"language_loss", "recite_loss", "continuation_loss"} <= record.keys()
+    weighted = record["language_loss"] + (record["recite_loss"] + record["continuation_loss"]) / 2
+    assert record["loss"] == pytest.approx(weighted, abs=1e-3)
+
+
+def test_too_little_text_is_refused(tmp_path, books):
+    (tmp_path / "book.txt").write_text("A few words.")
+    with pytest.raises(InputError, match="expected at least 89 tokens of text, got"):
+        Pretraining.train(
+            write_recipe(tmp_path, TEXT_RECIPE), run_folder(tmp_path / "run", books), books=tmp_path
+        )
 
 
 def test_missing_books_are_named(tmp_path):
     with pytest.raises(InputError, match="expected the recipe's books, got no book.txt"):
         Pretraining.train(write_recipe(tmp_path), tmp_path / "run", books=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("questions = 2", "questions = 0"), r"stage\[1\].questions: expected at least 1 where"),
+        (("questions = 2", "questions = 2\nrecall = 0"), r"stage\[1\].recall: expected one of"),
+        (("questions = 2", "questions = 2\nrecall = 0\nrecite = 1"), r"questions: expected 0"),
+        (("questions = 2", "questions = 2\nrecall = -1"), "recall: expected a weight of at least"),
+        (("chunk = 32", "chunk = 34"), r"ratios: expected divisors of the chunk of 34 tokens"),
+    ],
+)
+def test_contradictions_of_a_stage(tmp_path, change, message):
+    with pytest.raises(InputError, match=message):
+        PretrainRecipe.load(write_recipe(tmp_path, RECIPE.replace(*change, 1)))
 
 
 def test_offset_heads_look_back():

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several processes: the same losses as one, and checkpoints that any number can go on from."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from small_run import RECIPE, run_folder, small_run, weights, write_recipe
+
+from lychee.errors import InputError
+from lychee.train.pretrain import Pretraining
+from lychee.train.processes import Processes
+
+# The first stage of two, so that the second can be added when the run goes on.
+PLACE = RECIPE.rindex("[[stage]]")
+TEXTS = RECIPE[PLACE:] + "language = 0.5\nrecite = 0.5\ncontinuation = 0.5\nspan = 16\n"
+WHOLE = RECIPE[:PLACE].replace("log_every = 2", "log_every = 1") + TEXTS
+FIRST = WHOLE[:PLACE]
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory, books):
+    """A finished run in this process alone."""
+    folder = tmp_path_factory.mktemp("one") / "run"
+    small_run(folder, books, WHOLE).run()
+    return folder
+
+
+def arguments(recipe, folder, books):
+    return ["pretrain", str(recipe), "--out", str(folder), "--books", str(books), "--resume"]
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def in_two(*command):
+    """Run a command as torchrun does, in two processes."""
+    shared = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    shared["MASTER_PORT"] = str(free_port())
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "lychee", "train", *command],
+            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+
+
+def metrics(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    clock = ("seconds", "eta_s")
+    return [{n: v for n, v in json.loads(line).items() if n not in clock} for line in lines]
+
+
+def assert_same_run(folder, one):
+    """Every metric of every step and every weight, within float32's tolerance."""
+    got, expected = metrics(folder), metrics(one)
+    assert len(got) == len(expected)
+    for line, wanted in zip(got, expected, strict=True):
+        assert line == pytest.approx(wanted, rel=1e-4, abs=2e-5)
+    stored, wanted = weights(folder), weights(one)
+    assert stored.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(stored[name], tensor, rtol=1e-3, atol=2e-5)
+    assert (folder / "model" / "model.safetensors").is_file()
+
+
+def test_two_processes_give_the_losses_of_one(tmp_path, books, one):
+    """Data parallel; begun in two processes and ended in one."""
+    folder = run_folder(tmp_path / "run", books)
+    in_two(*arguments(write_recipe(tmp_path, FIRST), folder, books))
+    recipe = write_recipe(tmp_path, WHOLE)
+    Pretraining.train(recipe, folder, books=books, resume=True)
+    assert_same_run(folder, one)
+
+
+def test_sharded_weights_give_the_losses_of_one(tmp_path, books, one):
+    """FSDP2 by `accelerate launch`; begun in one process and ended in two."""
+    pytest.importorskip("accelerate")
+    folder = run_folder(tmp_path / "run", books)
+    Pretraining.train(write_recipe(tmp_path, FIRST), folder, books=books)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--use_fsdp"]
+    launch += ["--fsdp_version", "2", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    launch += ["--main_process_port", str(free_port()), "-m", "lychee", "train"]
+    recipe = write_recipe(tmp_path, WHOLE)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launch, *arguments(recipe, folder, books)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert_same_run(folder, one)
+
+
+def test_parts_are_the_batch(tmp_path, books):
+    """Whatever the number of processes, every row is in exactly one part."""
+    run = small_run(tmp_path / "run", books, WHOLE)
+    run.step = 2
+    batch = run.sample()
+    parts = [batch.part(index, 2) for index in range(2)]
+    assert torch.equal(torch.cat([part.chunks for part in parts]), batch.chunks)
+    for name in ("recite", "continuation"):
+        rows = torch.cat([getattr(part, name).inputs for part in parts])
+        assert torch.equal(rows, getattr(batch, name).inputs)
+    for name in ("turns", "labels", "final_turns", "final_labels"):
+        rows = torch.cat([getattr(part.recall, name) for part in parts])
+        assert torch.equal(rows, getattr(batch.recall, name))
+    assert sum((part.recall.cases for part in parts), []) == batch.recall.cases
+    assert batch.part(0, 3) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("ACCELERATE_MIXED_PRECISION", "bf16"), ("FSDP_VERSION", "1")]
+)
+def test_launchers_requests_that_cannot_be_met_are_refused(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=f"{name}: expected .*, got {value}"):
+        Processes("cpu")
