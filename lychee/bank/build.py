@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lychee.bank.build_progress import BuildProgress, BuildReport, Clock
 from lychee.bank.compaction import compact
-from lychee.bank.folder import BankWriter
+from lychee.bank.folder import BankWriter, read_state
 from lychee.bank.identity import GEOMETRY, check_match
 from lychee.bank.manifest import ChunkRecord, DocumentRecord, Manifest, TextPlace
 from lychee.bank.pages import PageLayout, PagePool
@@ -94,6 +94,8 @@ class BankBuilder:
                     f"{path}: expected no bank yet, got one of {len(manifest.documents)} documents",
                     "--resume goes on with it, 'lychee add' extends it",
                 )
+            else:
+                read_state(self.writer.path)  # nothing is added to a damaged bank
             check_match(path, manifest.memory, manifest.model, model)
             if bank_dtype not in ("auto", manifest.layout.dtype):
                 raise BankError(
