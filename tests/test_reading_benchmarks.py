@@ -16,7 +16,7 @@ import table  # noqa: E402
 import test_speed_up_parts  # noqa: E402
 import test_time_to_answer  # noqa: E402
 
-TINY = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 6144}
+TINY = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 6144}
 NOTES, LENGTH = 20, 1900
 
 
