@@ -10,6 +10,7 @@ def sections(infos: list[dict]) -> list[tuple[str, list[list[str]], list[str]]]:
     """(title, rows with the headings first, remarks) of each table that has rows."""
     found = [
         ("time to answer", time_rows(infos), [reading.ABOUT, *remarks(infos)]),
+        ("full context crossover, from nothing", crossover_rows(infos), []),
         ("parts of the speed-up", part_rows(infos), part_remarks(infos)),
         ("peak memory", memory_rows(infos), [reading.ABOUT]),
         ("peers on equal shapes, tokens/s", rate_rows(infos), []),
@@ -63,6 +64,19 @@ def remarks(infos: list[dict]) -> list[str]:
                 f"processors' time: {by_cpu}"
             )
     return lines
+
+
+def crossover_rows(infos: list[dict]) -> list[list[str]]:
+    rows = [["notes", "ours is faster from", "tried: ours s, full context s"]]
+    for info in infos:
+        if "crossover" in info:
+            tried = (
+                f"{length:,}: {decimal(seconds['ours'])}, {decimal(seconds['full_context'])}"
+                for length, seconds in sorted(info["tried"].items())
+            )
+            found = f"{info['crossover']:,} tokens" if info["crossover"] else "none tried"
+            rows.append([str(info["memory_tokens"]), found, "; ".join(tried)])
+    return rows
 
 
 def part_rows(infos: list[dict]) -> list[list[str]]:
