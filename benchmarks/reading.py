@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from lychee.bank import PAGE_TOKENS
 from lychee.baselines.full_context import FullContext
 from lychee.baselines.memagent import MemAgent
-from lychee.bank import PAGE_TOKENS
 from lychee.config import MemoryConfig, ModelConfig
 from lychee.decoder import Decoder
 from lychee.gate import Gate, GateConfig

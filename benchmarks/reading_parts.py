@@ -21,6 +21,8 @@ from lychee.baselines.memagent import MemAgent
 from lychee.generate import generate
 
 STEPS = 8
+# Chunks that the gate lets through of 128K tokens.
+TOGETHER = 3
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Parts:
     gate_pair: float  # one question and one chunk
     compressed_prompt: float  # reading turn up to its first token
     compressed_step: float  # one token, in the middle of the notes
+    together_prompt: float  # reading turn that reads TOGETHER chunks at once
+    together_step: float
     raw_prompt: float  # MemAgent's turn up to its first token
     raw_step: float
     answer: float  # the final turn
@@ -43,8 +47,8 @@ class Parts:
         reasoner, prompts = model.reasoner, model.reasoner.prompts
         warm_up(model)
         started = now()
-        bank = model.remember(make_text(CHUNK))
-        build = now() - started
+        bank = model.remember(make_text(TOGETHER * CHUNK))
+        build = (now() - started) / TOGETHER
         questions = [model.encode_question(text) for text in make_questions(batch)]
         notes = model.tokenizer.encode(make_text(memory_tokens))
         section = model.tokenizer.encode(make_text(MemAgent(model).section))
@@ -52,6 +56,7 @@ class Parts:
         first = [prompts.update.render(question, prompts.no_memory) for question in questions]
         raw = [MemAgent(model).prompt.render(question, notes, section) for question in questions]
         pages = bank.page_table([[0]] * batch)
+        together = bank.page_table([list(range(TOGETHER))] * batch)
         middle = memory_tokens // 2
         gate, pairs = ChosenGate(model.decoder, [0]), 4 * batch
 
@@ -70,6 +75,8 @@ class Parts:
                 gate_pair=seconds(score) / pairs,
                 compressed_prompt=prompt_seconds(model, turns, pages, CHUNK // RATIO),
                 compressed_step=step_seconds(model, batch, len(turns[0]) + middle, pages),
+                together_prompt=prompt_seconds(model, turns, together, CHUNK // RATIO),
+                together_step=step_seconds(model, batch, len(turns[0]) + middle, together),
                 raw_prompt=prompt_seconds(model, raw),
                 raw_step=step_seconds(model, batch, len(raw[0]) + middle),
                 answer=seconds(lambda: reasoner.answer(questions, [notes] * batch)),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import machine
 from reading import GATE_ROWS, chosen_chunks, count_chunks
-from reading_parts import Parts
+from reading_parts import TOGETHER, Parts
 
 from lychee.baselines.memagent import SECTION_TOKENS
 
@@ -60,8 +60,16 @@ def asking(parts: Parts, questions: int = 1) -> float:
     return gating(parts, questions) + len(chosen_chunks(LENGTH)) * turn + parts.answer
 
 
+def asking_together(parts: Parts, questions: int = 1) -> float:
+    """All chosen chunks in one turn: the gate has seen them under the same, empty notes."""
+    pairs = count_chunks(LENGTH) * questions
+    turn = parts.together_prompt + MEMORY_TOKENS * parts.together_step
+    return parts.gate_start + pairs * parts.gate_pair + turn + parts.answer
+
+
 def test_parts_of_the_speed_up(benchmark):
     one = benchmark.pedantic(measure, args=(1,))
+    assert len(chosen_chunks(LENGTH)) == TOGETHER
     many, plain = measure(BATCH), measure(1, "ref")
     reads, build = len(chosen_chunks(LENGTH)), count_chunks(LENGTH) * one.build
     rows = {
@@ -72,9 +80,14 @@ def test_parts_of_the_speed_up(benchmark):
         ),
         "... and reads compressed chunks: ours, bank at hand": asking(one),
         "ours, from nothing": build + asking(one),
+        "ours, bank at hand, chosen chunks in one turn": asking_together(one),
+        "ours, from nothing, chosen chunks in one turn": build + asking_together(one),
         "ours, from nothing, plain kernels": count_chunks(LENGTH) * plain.build + asking(plain),
         f"MemAgent, {BATCH} questions together, each": memagent(many) / BATCH,
         f"ours, bank at hand, {BATCH} questions together, each": asking(many, BATCH) / BATCH,
+        f"ours, bank at hand, chosen chunks in one turn, {BATCH} questions together, each": (
+            asking_together(many, BATCH) / BATCH
+        ),
         f"ours, from nothing, {BATCH} questions together, each": (
             (build + asking(many, BATCH)) / BATCH
         ),

@@ -82,7 +82,7 @@ def test_parts_measure_every_pass(tiny):
 
 def test_sums_of_parts():
     """Passes of one second each: the sums count turns, tokens and pairs."""
-    parts = reading_parts.Parts(*[1.0] * 9)
+    parts = reading_parts.Parts(*[1.0] * 11)
     sections = 131072 / 5000
     assert test_speed_up_parts.memagent(parts) == pytest.approx(sections + 27 * 1024 + 1)
     assert test_speed_up_parts.memagent(parts, 3, 3) == 3 + 3 * 1024 + 1
@@ -90,6 +90,7 @@ def test_sums_of_parts():
     assert test_speed_up_parts.scored_pairs(1) == 32 + 26 + 15 + 5
     assert test_speed_up_parts.gating(parts) == 1 + 3 + 78
     assert test_speed_up_parts.asking(parts) == 82 + 3 * 1025 + 1
+    assert test_speed_up_parts.asking_together(parts) == 1 + 32 + 1025 + 1
     # Eight questions look four chunks ahead: 0 to 7, 6 to 17, 17 to 28, 27 to 31.
     assert test_speed_up_parts.scored_pairs(8) == 8 * (8 + 12 + 12 + 5)
 
