@@ -14,10 +14,12 @@ from dataclasses import dataclass, field
 
 import torch
 
+from lychee.bank import PAGE_TOKENS
 from lychee.baselines.full_context import FullContext
 from lychee.baselines.memagent import MemAgent
 from lychee.config import MemoryConfig, ModelConfig
 from lychee.decoder import Decoder
+from lychee.gate import Gate, GateConfig
 from lychee.memory_model import SHIPPED_MODEL, LycheeMemory
 from lychee.tokenizer import TextTokenizer
 
@@ -47,6 +49,7 @@ QWEN_7B = {
 CHUNK, WINDOW, RATIO = 4096, 2048, 4
 QUESTION, ANSWER = 30, 128
 SELECTED = 0.1  # share of the chunks that the gate lets through, at least one
+GATE_ROWS = 32  # pairs of question and chunk that the gate scores in one pass
 MEMORY_TOKENS = (256, 512, 1024)
 LENGTHS = (
     tuple(1024 * k for k in (7, 14, 28, 56, 112, 224, 448, 896, 1750))
@@ -124,8 +127,8 @@ class Run:
         yield
         if CUDA:
             torch.cuda.synchronize()
-        self.seconds[name] = time.perf_counter() - wall
-        self.cpu[name] = time.process_time() - cpu
+        self.seconds[name] = self.seconds.get(name, 0) + time.perf_counter() - wall
+        self.cpu[name] = self.cpu.get(name, 0) + time.process_time() - cpu
 
     @property
     def total(self) -> float:
@@ -134,6 +137,74 @@ class Run:
     @property
     def total_cpu(self) -> float:
         return sum(self.cpu.values())
+
+
+def count_chunks(tokens: int) -> int:
+    return -(-tokens // CHUNK)
+
+
+def chosen_chunks(tokens: int) -> list[int]:
+    """Chunks of a text that the gate lets through, spread evenly."""
+    chunks = count_chunks(tokens)
+    count = max(1, round(SELECTED * chunks))
+    return [int((place + 0.5) * chunks / count) for place in range(count)]
+
+
+class ChosenGate(Gate):
+    """A gate that does all the work of scoring and then lets given chunks through."""
+
+    def __init__(self, decoder: Decoder, chosen: list[int]):
+        layers = decoder.config.num_hidden_layers
+        super().__init__(decoder, GateConfig(layers=layers))
+        self.chosen = torch.tensor(chosen, device=decoder.device)
+        self.scored = 0
+        self.eval()
+
+    def score(self, prompts, rows, pages):
+        logits = super().score(prompts, rows, pages)
+        chunks = pages.table[:, 0] // (CHUNK // RATIO // PAGE_TOKENS)
+        self.scored += len(logits)
+        return torch.where(torch.isin(chunks, self.chosen), 8.0, -8.0).to(logits)
+
+
+def run_ours(memory_tokens: int, text: str, questions: list[str]) -> Run:
+    run, model = Run(), make_model(memory_tokens)
+    gate = ChosenGate(model.decoder, chosen_chunks(len(model.tokenizer.encode(text))))
+    with run.part("build"):
+        bank = model.remember(text)
+    ask(run, model, bank, questions, gate)
+    return run
+
+
+def ask(run: Run, model: LycheeMemory, bank, questions: list[str], gate: ChosenGate) -> None:
+    """The reading loop in its parts: gate what is ahead, read the first chunk let through."""
+    reasoner = model.reasoner
+    ids = [model.encode_question(question) for question in questions]
+    notes = [list(reasoner.prompts.no_memory) for _ in ids]
+    slots, start = model.memory.slots, 0
+    while start < len(bank):
+        pairs = zip(ids, notes, strict=True)
+        prompts = [reasoner.prompts.update.render(*pair) for pair in pairs]
+        with run.part("gate"), torch.inference_mode():
+            prepared = gate.prepare(prompts, slots)
+            found = None
+            share = max(1, GATE_ROWS // len(ids))
+            while found is None and start < len(bank):
+                block = range(start, min(start + share, len(bank)))
+                rows = [(row, chunk) for row in range(len(ids)) for chunk in block]
+                pages = bank.page_table([[chunk] for _, chunk in rows])
+                places = torch.tensor([row for row, _ in rows], device=pages.table.device)
+                passed = gate.score(prepared, places, pages).unflatten(0, (len(ids), -1)) > 0
+                first = passed.any(dim=0).nonzero()
+                found = start + int(first[0]) if len(first) else None
+                start = block.stop if found is None else found
+        if found is not None:
+            with run.part("read"):
+                notes = reasoner.update(ids, notes, bank.page_table([[found]] * len(ids)))
+            start = found + 1
+    with run.part("answer"):
+        answers = reasoner.answer(ids, notes)
+    assert all(len(answer) == model.memory.answer for answer in answers)
 
 
 def run_memagent(memory_tokens: int, text: str, questions: list[str]) -> Run:

@@ -10,6 +10,9 @@ def sections(infos: list[dict]) -> list[tuple[str, list[list[str]], list[str]]]:
     """(title, rows with the headings first, remarks) of each table that has rows."""
     found = [
         ("time to answer", time_rows(infos), [reading.ABOUT, *remarks(infos)]),
+        ("full context crossover, from nothing", crossover_rows(infos), []),
+        ("parts of the speed-up", part_rows(infos), part_remarks(infos)),
+        ("peak memory", memory_rows(infos), [reading.ABOUT]),
         ("peers on equal shapes, tokens/s", rate_rows(infos), []),
     ]
     return [section for section in found if len(section[1]) > 1]
@@ -61,6 +64,53 @@ def remarks(infos: list[dict]) -> list[str]:
                 f"processors' time: {by_cpu}"
             )
     return lines
+
+
+def crossover_rows(infos: list[dict]) -> list[list[str]]:
+    rows = [["notes", "ours is faster from", "tried: ours s, full context s"]]
+    for info in infos:
+        if "crossover" in info:
+            tried = (
+                f"{length:,}: {decimal(seconds['ours'])}, {decimal(seconds['full_context'])}"
+                for length, seconds in sorted(info["tried"].items())
+            )
+            found = f"{info['crossover']:,} tokens" if info["crossover"] else "none tried"
+            rows.append([str(info["memory_tokens"]), found, "; ".join(tried)])
+    return rows
+
+
+def part_rows(infos: list[dict]) -> list[list[str]]:
+    rows = [["", "s", "x"]]
+    for info in infos:
+        for name, seconds in info.get("rows", {}).items():
+            # together with others a question is compared with MemAgent's together with others
+            base = [key for key in info["rows"] if ("together" in key) == ("together" in name)][0]
+            rows.append([name, decimal(seconds), f"{info['rows'][base] / seconds:.2f}"])
+    return rows
+
+
+def part_remarks(infos: list[dict]) -> list[str]:
+    return [
+        f"{info['parts_of']['length']:,} tokens, notes of {info['parts_of']['memory_tokens']}, "
+        f"{info['parts_of']['selected']} chunks read; sums of passes that were measured one by one "
+        f"(reading_parts.py), not whole runs; x: MemAgent's seconds over the row's"
+        for info in infos
+        if "parts_of" in info
+    ]
+
+
+def memory_rows(infos: list[dict]) -> list[list[str]]:
+    rows = [["method", "tokens", "notes", "batch", "peak MiB", "of it bank", "x memagent"]]
+    for info in infos:
+        for method, peak in info.get("peak_mib", {}).items():
+            ratio = info["peak_mib"].get("memagent", 0) / peak
+            rows.append(
+                [
+                    method, f"{info['length']:,}", str(info["memory_tokens"]), str(info["batch"]),
+                    decimal(peak), decimal(info["bank_mib"].get(method, 0)), f"{ratio:.2f}",
+                ]
+            )  # fmt: skip
+    return rows
 
 
 def rate_rows(infos: list[dict]) -> list[list[str]]:

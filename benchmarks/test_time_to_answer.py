@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time from a text and a question to the answer: ours, MemAgent and full context, whole runs."""
 
+import bisect
 import functools
 import math
 
@@ -8,6 +9,7 @@ import machine
 import pytest
 import torch
 from reading import (
+    CUDA,
     LENGTHS,
     MEMORY_TOKENS,
     chosen_chunks,
@@ -25,6 +27,9 @@ SHORT = [length for length in LENGTHS if length <= 32 * 1024]
 DEFAULT = {(length, MEMORY_TOKENS[-1]) for length in SHORT} | {
     (SHORT[-1], tokens) for tokens in MEMORY_TOKENS
 }
+
+# Steps of test_full_context_crossover; where ours is slower up to the longest, there is none.
+STEP, LONGEST_STEPS = 16384 if CUDA else 2048, 17
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +65,32 @@ def test_time_to_answer(benchmark, request, length, memory_tokens):
     runs = {"ours": ours, "memagent": run_memagent(memory_tokens, text, questions)}
     runs["full_context"] = full_context(length)
     benchmark.extra_info |= summarise(length, memory_tokens, runs)
+
+
+@pytest.mark.parametrize("memory_tokens", MEMORY_TOKENS)
+def test_full_context_crossover(benchmark, request, memory_tokens):
+    """The least text, in whole steps, that ours answers faster from nothing."""
+    if not request.config.getoption("--full") and memory_tokens != MEMORY_TOKENS[0]:
+        pytest.skip("only with --full")
+    warm_up()
+    tried = {}
+
+    def faster(steps: int) -> bool:
+        length = STEP * steps
+        ours = run_ours(memory_tokens, make_text(length), make_questions(1))
+        tried[length] = {"ours": ours.total, "full_context": full_context(length).total}
+        return tried[length]["ours"] < tried[length]["full_context"]
+
+    steps = benchmark.pedantic(
+        bisect.bisect_left, args=(range(LONGEST_STEPS), True, 1), kwargs={"key": faster}
+    )
+    benchmark.extra_info |= {
+        "crossover": STEP * steps if steps < LONGEST_STEPS else None,
+        "memory_tokens": memory_tokens,
+        "batch": 1,
+        "threads": torch.get_num_threads(),
+        "tried": tried,
+    }
 
 
 def summarise(length: int, memory_tokens: int, runs: dict) -> dict:

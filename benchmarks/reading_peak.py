@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What reading a text adds to a fresh process's memory at its peak, printed as JSON.
+
+    python benchmarks/reading_peak.py ours 131072 1024
+
+Eight questions are asked together. All turns of a method are alike but for the first, whose notes
+are still short; so the text is read, or compressed, and then one turn with full notes is taken,
+which is the peak of a whole run. On a CPU it is resident memory less that of the process when the
+model and the text are there, on a GPU allocated bytes.
+"""
+
+import gc
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from reading import (
+    CUDA,
+    GATE_ROWS,
+    ChosenGate,
+    make_model,
+    make_questions,
+    make_text,
+    run_full_context,
+)
+
+from lychee.bank import BankBuilder, Document, MemoryBank
+from lychee.baselines.memagent import MemAgent
+
+BATCH = 8
+METHODS = ("ours", "ours_int8", "ours_disk", "memagent", "full_context")
+
+
+def resident(field: str) -> float:
+    """MiB of a field of this process's status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1]) / 1024
+
+
+def reset_peak() -> float:
+    """Start counting; MiB in use now."""
+    gc.collect()
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated() / 2**20
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmRSS")
+
+
+def peak() -> float:
+    return torch.cuda.max_memory_allocated() / 2**20 if CUDA else resident("VmHWM")
+
+
+def ask_once(model, bank, questions: list[str]) -> None:
+    """The gate over all chunks under full notes, one reading turn, the final turn."""
+    ids = [model.encode_question(question) for question in questions]
+    notes = [model.tokenizer.encode(make_text(model.memory.size))] * len(ids)
+    prompts = [model.reasoner.prompts.update.render(question, notes[0]) for question in ids]
+    gate = ChosenGate(model.decoder, [0])
+    with torch.inference_mode():
+        prepared = gate.prepare(prompts, model.memory.slots)
+        pairs = [(row, chunk) for chunk in range(len(bank)) for row in range(len(ids))]
+        for start in range(0, len(pairs), GATE_ROWS):
+            rows, chunks = zip(*pairs[start : start + GATE_ROWS], strict=True)
+            pages = bank.page_table([[chunk] for chunk in chunks])
+            gate.score(prepared, torch.tensor(rows, device=model.decoder.device), pages)
+    del prepared, pages
+    notes = model.reasoner.update(ids, notes, bank.page_table([[len(bank) - 1]] * len(ids)))
+    model.reasoner.answer(ids, notes)
+
+
+def run_ours(model, text: str, questions: list[str], variant: str) -> int:
+    """Bytes of the bank's pages."""
+    if variant == "ours_disk":
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "text.bank"
+            with BankBuilder(model, path) as builder:
+                builder.add([Document("text", text)])
+            bank = MemoryBank.open(path, model=model, tier="disk")
+            ask_once(model, bank, questions)
+            return bank.nbytes
+    bank = model.remember(text, bank_dtype="int8" if variant == "ours_int8" else "auto")
+    ask_once(model, bank, questions)
+    return bank.nbytes
+
+
+def run_memagent(model, text: str, questions: list[str]) -> None:
+    agent = MemAgent(model)
+    section = model.tokenizer.encode(text)[: agent.section]
+    ids = [model.encode_question(question) for question in questions]
+    notes = [model.tokenizer.encode(make_text(model.memory.size))] * len(ids)
+    agent.answer_from(ids, agent.update(section, ids, notes))
+
+
+def measure(method: str, length: int, memory_tokens: int) -> dict[str, float]:
+    model, text, questions = make_model(memory_tokens), make_text(length), make_questions(BATCH)
+    before, bank_bytes = reset_peak(), 0
+    if method == "memagent":
+        run_memagent(model, text, questions)
+    elif method == "full_context":
+        run_full_context(text, questions)
+    else:
+        bank_bytes = run_ours(model, text, questions, method)
+    return {"idle_mib": before, "peak_mib": peak() - before, "bank_mib": bank_bytes / 2**20}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(int(sys.argv[4]) if len(sys.argv) > 4 else torch.get_num_threads())
+    print(json.dumps(measure(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))))

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Peak memory of answering eight questions together on one text, each method in a fresh process."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import machine
+import pytest
+from reading import CUDA, LENGTHS, MEMORY_TOKENS, chosen_chunks
+from reading_peak import BATCH
+
+# The lengths whose difference shows what grows with the text, and full context's in a short run.
+SHORT, LONG = (28 * 1024, 112 * 1024) if CUDA else (32 * 1024, 128 * 1024)
+DEFAULT = {(length, MEMORY_TOKENS[-1]) for length in (SHORT, LONG)}
+# The text: its characters, and its chunks' spans.
+ALLOWED_MIB = 4
+OURS = ("ours", "ours_int8", "ours_disk")
+
+
+@functools.cache
+def measure(method: str, length: int, memory_tokens: int) -> dict[str, float]:
+    here = Path(__file__).parent
+    run = subprocess.run(
+        [sys.executable, here / "reading_peak.py", method, str(length), str(memory_tokens),
+         str(machine.THREADS[-1])],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (here, here.parent)))},
+        capture_output=True, check=True, text=True,
+    )  # fmt: skip
+    return json.loads(run.stdout)
+
+
+@pytest.mark.skipif(
+    not CUDA and not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc"
+)
+@pytest.mark.parametrize("memory_tokens", MEMORY_TOKENS)
+@pytest.mark.parametrize("length", LENGTHS)
+def test_peak_memory(benchmark, request, length, memory_tokens):
+    full = request.config.getoption("--full")
+    if not full and (length, memory_tokens) not in DEFAULT:
+        pytest.skip("only with --full")
+    ours = benchmark.pedantic(measure, args=("ours", length, memory_tokens))
+    # MemAgent's sections are of one size, so its peak is the same at every length.
+    results = {"ours": ours, "memagent": measure("memagent", LENGTHS[0], memory_tokens)}
+    for variant in OURS[1:]:
+        results[variant] = measure(variant, length, memory_tokens)
+    if full or length == SHORT:
+        # its peak does not depend on notes
+        results["full_context"] = measure("full_context", length, MEMORY_TOKENS[0])
+    peaks = {name: result["peak_mib"] for name, result in results.items()}
+    benchmark.extra_info |= {
+        "length": length,
+        "memory_tokens": memory_tokens,
+        "selected": len(chosen_chunks(length)),
+        "batch": BATCH,
+        "threads": machine.THREADS[-1],
+        "peak_mib": peaks,
+        "bank_mib": {name: result["bank_mib"] for name, result in results.items()},
+        "ratio": {
+            name: peaks[name] / peaks["ours"]
+            for name in ("memagent", "full_context")
+            if name in peaks
+        },
+    }
+    if length == LONG:
+        assert_growth(memory_tokens)
+        assert peaks["ours_disk"] <= peaks["memagent"] / 2
+
+
+def assert_growth(memory_tokens: int) -> None:
+    """From SHORT to LONG ours grows by no more than its bank, and with the bank on disk not at
+    all, up to the text itself."""
+    for variant in OURS:
+        short, long = (measure(variant, length, memory_tokens) for length in (SHORT, LONG))
+        grown = long["peak_mib"] - short["peak_mib"]
+        bank = long["bank_mib"] - short["bank_mib"] if variant != "ours_disk" else 0
+        assert grown <= bank + ALLOWED_MIB, (variant, grown, bank)
