@@ -16,7 +16,7 @@ import copy
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -52,13 +52,16 @@ class Experience:
 
     Attributes:
         chunks: [C, T], the chunks that `signal`'s turns read.
-        signal: turns of the groups whose rewards differ; None where there are none.
+        signal: turns of the groups whose rewards differ; where none do, one rollout's, which counts
+            nothing: several processes must all compute the same.
+        mixed: number of those groups.
         reference: [tokens] of `signal`, log-probabilities under the starting model.
         frozen: memory rows of `chunks` from the starting model, where the compressor is frozen.
     """
 
     chunks: Tensor
-    signal: Signal | None
+    signal: Signal
+    mixed: int
     reference: Tensor
     frozen: list[Tensor] | None
 
@@ -113,10 +116,8 @@ class Reinforcement(TrainingRun):
         if self.step == 0:
             self.evaluate(0)
         experience, metrics = self.experience()
-        signalling = self.processes.sum(
-            torch.tensor(float(experience.signal is not None), device=self.device)
-        )
-        for index in range(self.recipe.updates if signalling else 0):
+        mixed = self.processes.sum(torch.tensor(experience.mixed, device=self.device))
+        for index in range(self.recipe.updates if mixed else 0):
             found = self.update(experience)
             gaps = {name for name in found if name.startswith("rollout_gap")}
             metrics |= {n: v for n, v in found.items() if not index or n not in gaps}
@@ -142,26 +143,22 @@ class Reinforcement(TrainingRun):
         }
         if self.recipe.dump_every and (self.step + 1) % self.recipe.dump_every == 0:
             self.dump(batch, rollouts, rewards.flatten().tolist())
-        if not bool(mixed.any()):
-            return Experience(chunks[:0], None, torch.empty(0), None), metrics
-        kept = mixed.repeat_interleave(stage.group).tolist()
         advantages = group_advantages(rewards).flatten().tolist()
-        chosen = [index for index, keep in enumerate(kept) if keep]
+        kept = mixed.repeat_interleave(stage.group).nonzero()[:, 0].tolist()
         signal = Signal.collect(
-            [rollouts[i] for i in chosen], [advantages[i] for i in chosen], self.device
+            [rollouts[i] for i in kept or [0]], [advantages[i] for i in kept or [0]], self.device
         )
+        if not kept:
+            signal = replace(signal, count=torch.zeros_like(signal.count))
         chunks, reference = chunks[signal.chunks], self.policy(self.reference)
         first = reference.compress(chunks)
         frozen = first if self.recipe.freeze_compressor else None
         expected = signal.read(reference, first)
-        return Experience(chunks, signal, expected, frozen), metrics
+        return Experience(chunks, signal, int(mixed.sum()), expected, frozen), metrics
 
     def loss(self, batch: Experience) -> tuple[Tensor, dict[str, Value]]:
         """Negative objective with its penalty, a mean over the tokens of every process."""
         signal = batch.signal
-        if signal is None:
-            nothing = sum(p.sum() for p in self.trained_parameters().values()) * 0.0
-            return self.processes.mean(nothing, 0), {}
         policy = self.policy(self.decoder)
         rows = policy.compress(batch.chunks) if batch.frozen is None else batch.frozen
         log_probs = signal.read(policy, rows)

@@ -55,7 +55,7 @@ def start(tmp_path_factory, books):
     folder = tmp_path_factory.mktemp("start")
     small_reader().save_pretrained(folder / "fresh", torch.float32)
     stage = PretrainStage(
-        80, (1e-2, 1e-2), chunk=64, batch=4, questions=6, facts=(2, 3), single=1.0, numbers=0.0
+        50, (1e-2, 1e-2), chunk=64, batch=4, questions=6, facts=(2, 3), single=1.0, numbers=0.0
     )
     recipe = PretrainRecipe(export="float32", log_every=100, stages=(stage,))
     Pretraining(recipe, folder / "run", books=books, start=folder / "fresh").run()
@@ -77,7 +77,7 @@ def signalling(run):
     """An experience with groups of mixed rewards."""
     for _ in range(20):
         experience, metrics = run.experience()
-        if experience.signal is not None:
+        if experience.mixed:
             return experience, metrics
     raise AssertionError("expected mixed groups, got none in 20 steps")
 
