@@ -46,7 +46,7 @@ class LowRank(nn.Module):
 
 
 class LoraLinear(nn.Module):
-    """A frozen linear layer with an adapter; stands where an nn.Linear stood.
+    """A linear layer, frozen by `attach`, with an adapter; stands where an nn.Linear stood.
 
     `weight` is the weight of both together, so that code which multiplies by it directly computes
     the same as a call does.
@@ -54,7 +54,7 @@ class LoraLinear(nn.Module):
 
     def __init__(self, base: nn.Linear, adapter: LowRank):
         super().__init__()
-        self.base = base.requires_grad_(False)
+        self.base = base
         self.adapter = adapter
 
     @property

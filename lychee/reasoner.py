@@ -3,18 +3,15 @@
 
 Turn by turn it would decode the notes anew for every chunk. Most chunks change nothing, so the
 unchanged notes are used as a draft: a batch of chunks is checked in one pass, and only where the
-model would write something else are the notes decoded. Notes depend on the chunk and the notes
-before it alone, so this gives the turn-by-turn result in far fewer passes.
+model would write something else need the notes be decoded. `lychee.reading` has the loop.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 import torch
 
-from lychee.bank import MemoryBank
 from lychee.config import MemoryConfig
 from lychee.decoder import Decoder, Pages
 from lychee.generate import GREEDY, PromptBatch, Sampling, generate
@@ -22,18 +19,6 @@ from lychee.prompts import ReadingPrompts
 
 # Chunks checked in one pass, over all questions; more gains little and costs memory.
 MAX_ROWS = 32
-
-OnRead = Callable[[int, int, list[int], bool], None]
-
-
-@dataclass
-class Reading:
-    """How far one question has come."""
-
-    question: Sequence[int]
-    notes: list[int]
-    chunk: int = 0
-    lookahead: int = field(default=1)
 
 
 class Reasoner:
@@ -128,79 +113,3 @@ class Reasoner:
         for row, token, target in zip(rows, chosen, targets, strict=True):
             same[row] &= token in self.prompts.stop if target < 0 else token == target
         return same
-
-    def read(
-        self,
-        bank: MemoryBank,
-        questions: Sequence[Sequence[int]],
-        *,
-        sampling: Sampling = GREEDY,
-        on_read: OnRead | None = None,
-    ) -> list[list[int]]:
-        """Notes of every question after all chunks of `bank`, in their order.
-
-        Args:
-            questions: token ids per question.
-            sampling: any but greedy reads chunk by chunk.
-            on_read: called with (question index, chunk index, notes, changed) in reading order.
-        """
-        readings = [Reading(question, list(self.prompts.no_memory)) for question in questions]
-        report = on_read or (lambda *_: None)
-        while True:
-            active = [index for index, r in enumerate(readings) if r.chunk < len(bank)][:MAX_ROWS]
-            if not active:
-                return [reading.notes for reading in readings]
-            if sampling.greedy and not self.padded_positions:
-                active = self._skip_unchanged(bank, readings, active, report)
-            if active:
-                self._read_one(bank, readings, active, sampling, report)
-
-    def _skip_unchanged(
-        self, bank: MemoryBank, readings: list[Reading], active: list[int], report: OnRead
-    ) -> list[int]:
-        """Pass chunks that leave the notes alone; return questions whose next one does not."""
-        share = max(1, MAX_ROWS // len(active))
-        blocks = {}
-        for index in active:
-            reading = readings[index]
-            stop = min(reading.chunk + min(reading.lookahead, share), len(bank))
-            blocks[index] = range(reading.chunk, stop)
-        rows = [(index, chunk) for index, block in blocks.items() for chunk in block]
-        same = self.leaves_notes(
-            [readings[index].question for index, _ in rows],
-            [readings[index].notes for index, _ in rows],
-            bank.page_table([[chunk] for _, chunk in rows]),
-        )
-        verdicts = dict(zip(rows, same, strict=True))
-        stopped = []
-        for index, block in blocks.items():
-            reading = readings[index]
-            for chunk in block:
-                if not verdicts[index, chunk]:
-                    stopped.append(index)
-                    reading.lookahead = max(1, reading.lookahead // 2)
-                    break
-                report(index, chunk, reading.notes, False)
-                reading.chunk += 1
-            else:
-                reading.lookahead *= 2
-        return stopped
-
-    def _read_one(
-        self,
-        bank: MemoryBank,
-        readings: list[Reading],
-        active: list[int],
-        sampling: Sampling,
-        report: OnRead,
-    ) -> None:
-        """One reading turn for each question in `active`, at the chunk it stands before."""
-        turns = [readings[index] for index in active]
-        pages = bank.page_table([[turn.chunk] for turn in turns])
-        new = self.update(
-            [turn.question for turn in turns], [turn.notes for turn in turns], pages, sampling
-        )
-        for index, turn, notes in zip(active, turns, new, strict=True):
-            report(index, turn.chunk, notes, notes != turn.notes)
-            turn.notes = notes
-            turn.chunk += 1

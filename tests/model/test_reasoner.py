@@ -4,13 +4,14 @@
 import pytest
 
 from lychee.generate import Sampling
+from lychee.reading import ReadingLoop
 
 
 def read(model, bank, questions, **options):
     events = []
     ids = [model.tokenizer.encode(question) for question in questions]
-    notes = model.reasoner.read(
-        bank, ids, on_read=lambda q, chunk, notes, _: events.append((q, chunk, notes)), **options
+    notes = ReadingLoop(model.reasoner, bank, **options).run(
+        ids, lambda event: events.append((event.question, event.chunk, event.notes))
     )
     return notes, events
 

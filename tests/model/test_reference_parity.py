@@ -18,6 +18,7 @@ from lychee.compressor import Compressor
 from lychee.config import MemoryConfig
 from lychee.generate import Sampling, probabilities
 from lychee.prompts import PromptTemplate, ReadingPrompts
+from lychee.reading import ReadingLoop
 from lychee.reasoner import Reasoner
 from lychee.weights import load_decoder, read_config
 
@@ -200,7 +201,7 @@ def test_single_rows_through_the_bank(case):
     bank = compress(case, torch.cat([p[0] for p in pieces]), torch.cat([p[1] for p in pieces]))
     seen = []
     question = case.tensors["loop_question_ids"][0].tolist()
-    notes = reasoner.read(bank, [question], on_read=lambda *event: seen.append(event[2]))
+    notes = ReadingLoop(reasoner, bank).run([question], lambda event: seen.append(event.notes))
     assert [[memory] for memory in seen] == loop["memory_after_turn"]
     assert notes == [seen[-1]]
 

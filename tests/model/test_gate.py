@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The gate: same score however it is asked, and a loop that gives what gating one by one gives."""
+
+import random
+
+import pytest
+import torch
+
+from lychee.compressor import MemoryTensors
+from lychee.errors import InputError, MemoryConfigError
+from lychee.gate import Gate, GateConfig
+from lychee.generate import Sampling
+from lychee.reading import ReadingLoop, ReadingOptions
+
+
+def random_gate(model, seed=0, **fields):
+    """A gate whose scores differ from chunk to chunk."""
+    config = GateConfig(**{"layers": 3, "tail": 2, "rank": 4} | fields)
+    gate = Gate(model.decoder, config, seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in gate.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
+        # Probabilities away from 0 and 1, where they would be equal.
+        gate.head.weight.mul_(0.1)
+    return gate.eval()
+
+
+def prompt_of(model, question, notes):
+    return model.reasoner.prompts.update.render(question, notes)
+
+
+def score_alone(model, gate, bank, question, notes, chunk):
+    prompts = gate.prepare([prompt_of(model, question, notes)], [notes], model.memory.slots)
+    with torch.inference_mode():
+        [logit] = gate.score(prompts, None, bank.page_table([[chunk]])).tolist()
+    return 1 / (1 + torch.tensor(-logit).exp().item())
+
+
+def one_by_one(model, gate, bank, question, threshold, passes):
+    """The loop as the paper states it: ask the gate about a chunk, read it or not, go on."""
+    notes = list(model.reasoner.prompts.no_memory)
+    seen = []
+    for number in range(passes):
+        before = notes
+        changed = False
+        for chunk in range(len(bank)):
+            score = None
+            if number or chunk >= gate.config.opening:
+                score = score_alone(model, gate, bank, question, notes, chunk)
+            if score is None or score >= threshold:
+                before = notes
+                [notes] = model.reasoner.update([question], [notes], bank.page_table([[chunk]]))
+                changed |= notes != before
+                seen.append((number, chunk, True, notes, score))
+            else:
+                seen.append((number, chunk, False, notes, score))
+        if not changed:
+            break
+    return seen
+
+
+def read(model, gate, bank, questions, threshold, passes, **options):
+    events = []
+    loop = ReadingLoop(
+        model.reasoner, bank, gate=gate, threshold=threshold, passes=passes, **options
+    )
+    notes = loop.run(questions, events.append)
+    return notes, events, loop
+
+
+@pytest.fixture(scope="module")
+def bank(tiny_model, prose):
+    return tiny_model.remember(prose(500, seed=2))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_gating_ahead_equals_gating_one_by_one(tiny_model, bank, prose, seed):
+    draw = random.Random(seed)
+    gate = random_gate(
+        tiny_model,
+        seed,
+        layers=draw.choice([2, 3]),
+        tail=draw.choice([1, 2, 5, 200]),
+        opening=draw.choice([0, 1, 3]),
+    )
+    passes = draw.choice([1, 2, 3])
+    questions = [
+        tiny_model.tokenizer.encode(prose(draw.randint(2, 8), seed=10 * seed + index))
+        for index in range(draw.choice([1, 2, 5]))
+    ]
+    start = list(tiny_model.reasoner.prompts.no_memory)
+    scores = sorted(
+        score_alone(tiny_model, gate, bank, questions[0], start, chunk)
+        for chunk in range(len(bank))
+    )
+    # Between two scores, so that rounding decides nothing.
+    place = draw.randrange(1, len(scores))
+    assert scores[place] - scores[place - 1] > 1e-6
+    threshold = (scores[place - 1] + scores[place]) / 2
+    notes, events, _ = read(tiny_model, gate, bank, questions, threshold, passes)
+    for index, question in enumerate(questions):
+        expected = one_by_one(tiny_model, gate, bank, question, threshold, passes)
+        mine = [event for event in events if event.question == index]
+        assert notes[index] == expected[-1][3]
+        # A last round stops where it would repeat itself: from there on nothing changes.
+        assert len(mine) <= len(expected)
+        for event, (number, chunk, was_read, after, score) in zip(mine, expected, strict=False):
+            assert (event.round, event.chunk, event.read) == (number, chunk, was_read)
+            assert event.notes == after
+            assert event.score == (None if score is None else pytest.approx(score, abs=1e-5))
+        assert all(after == notes[index] for _, _, _, after, _ in expected[len(mine) :])
+        first = [event for event in mine if event.round == 0]
+        assert [event.chunk for event in first] == list(range(len(bank)))
+
+
+def test_the_gates_of_the_test_above_select(tiny_model, bank, prose):
+    """Guards it: with notes that change, some chunks are read and some are not."""
+    gate = random_gate(tiny_model)
+    question = tiny_model.tokenizer.encode(prose(5, seed=3))
+    start = list(tiny_model.reasoner.prompts.no_memory)
+    scores = [score_alone(tiny_model, gate, bank, question, start, c) for c in range(len(bank))]
+    threshold = sorted(scores)[len(scores) // 2]
+    seen = one_by_one(tiny_model, gate, bank, question, threshold, 1)
+    assert 2 < sum(was_read for _, _, was_read, _, _ in seen) < len(bank) - 2
+    assert len({tuple(after) for _, _, _, after, _ in seen}) > 2
+    assert max(scores) - min(scores) > 0.01
+
+
+def test_without_a_gate_passes_read_again_until_nothing_changes(tiny_model, bank, prose):
+    question = tiny_model.tokenizer.encode(prose(5, seed=10))
+    notes, events, loop = read(tiny_model, None, bank, [question], None, 9)
+    assert all(event.read and event.score is None for event in events)
+    last_change = max(i for i, event in enumerate(events) if event.changed)
+    done = len(events) == 9 * len(bank) or len(events) - 1 - last_change == len(bank)
+    assert done and len(events) > len(bank)
+    assert loop.chunks_gated == 0
+    again = list(tiny_model.reasoner.prompts.no_memory)
+    for event in events:
+        pages = bank.page_table([[event.chunk]])
+        [again] = tiny_model.reasoner.update([question], [again], pages)
+        assert event.notes == again
+
+
+def test_drawn_notes_are_gated_too(tiny_model, bank, prose):
+    gate = random_gate(tiny_model)
+    question = tiny_model.tokenizer.encode(prose(5, seed=3))
+    hot = Sampling(temperature=1.5, seed=3)
+    runs = [read(tiny_model, gate, bank, [question], 0.5, 2, sampling=hot)[1] for _ in range(2)]
+    assert runs[0] == runs[1]
+    assert {event.round for event in runs[0]} == {0, 1}
+
+
+def test_merged_weights_and_shared_prompts_change_nothing(tiny_model, prose):
+    """Training scores pairs one to one with adapters beside the weights; reading does neither."""
+    model = tiny_model
+    gate = random_gate(model, tail=3, targets=("q", "k", "v", "o"))
+    questions = [model.tokenizer.encode(prose(n, seed=n)) for n in (3, 7)]
+    notes = [questions[0][:3], questions[1][:1]]
+    prompts = [prompt_of(model, *pair) for pair in zip(questions, notes, strict=True)]
+    layers = [torch.randn(5, 2, 2, 8, 8) for _ in range(3)]
+    rows = torch.tensor([0, 0, 1, 1, 1])
+    with torch.no_grad():
+        merged = gate.score(
+            gate.prepare(prompts, notes, 8), rows, MemoryTensors(layers, torch.arange(5))
+        )
+        alone = gate.score(
+            gate.prepare([prompts[row] for row in rows], [notes[row] for row in rows], 8),
+            None,
+            MemoryTensors(layers, torch.arange(5)),
+        )
+    gate.train()
+    trained = gate.score(
+        gate.prepare(prompts, notes, 8), rows, MemoryTensors(layers, torch.arange(5))
+    )
+    torch.testing.assert_close(merged, alone, rtol=0, atol=1e-5)
+    torch.testing.assert_close(merged, trained.detach(), rtol=0, atol=1e-5)
+    trained.sum().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in gate.parameters())
+    assert not any(name.startswith("decoder") for name, _ in gate.named_parameters())
+
+
+def test_mistakes_are_named(tiny_model):
+    with pytest.raises(MemoryConfigError, match="layers: expected at most 3, .* got 4"):
+        Gate(tiny_model.decoder, GateConfig(layers=4))
+    for fields, message in (
+        ({"layers": 1}, "layers: expected at least 2, got 1"),
+        ({"tail": 0}, "tail: expected at least 1, got 0"),
+        ({"targets": ("x",)}, "targets: expected letters of q, k, v, o"),
+        ({"threshold": float("nan")}, "threshold: expected a probability, got nan"),
+    ):
+        with pytest.raises(MemoryConfigError, match=message):
+            GateConfig(**{"layers": 2} | fields)
+    with pytest.raises(InputError, match="passes: expected at least 1, got 0"):
+        ReadingOptions(passes=0)
+    with pytest.raises(InputError, match="threshold: expected 0 to 1, got nan"):
+        ReadingOptions(threshold=float("nan"))
