@@ -12,6 +12,7 @@ import lychee_kernels
 from lychee import LycheeMemory
 from lychee.generate import Sampling
 from lychee.memory_model import SHIPPED_MODEL
+from lychee.trace import Source, Step
 
 QUESTION = "What is it?"
 
@@ -54,13 +55,15 @@ def test_ask_json_is_one_object(answer_of, tmp_path, text_file, model_folder):
     assert len(steps) == answer["usage"]["chunks"] > 2
     assert [step["chunk"] for step in steps] == list(range(len(steps)))
     assert {step["document"] for step in steps} == set(map(str, files))
-    changed = [[step["start"], step["stop"]] for step in steps if step["changed"]]
-    assert [[source["start"], source["stop"]] for source in answer["sources"]] == changed
+    model = LycheeMemory.from_pretrained(model_folder)
+    expected = model.ask(model.remember(files), QUESTION)
+    assert [Step(**step) for step in steps] == expected.trace
+    assert [Source(**source) for source in answer["sources"]] == expected.sources != []
 
 
-def test_ask_reads_standard_input(run, text_file, model_folder):
-    arguments = ("ask", "-", "-q", QUESTION, "--model", model_folder, "--json")
-    piped = json.loads(run(*arguments, input=text_file.read_text()).stdout)
+def test_ask_reads_standard_input(answer_of, text_file, model_folder):
+    arguments = ("ask", "-", "-q", QUESTION, "--model", model_folder)
+    piped = answer_of(*arguments, input=text_file.read_bytes())
     model = LycheeMemory.from_pretrained(model_folder)
     answer = model.ask(model.remember(text_file), QUESTION)
     assert piped["text"] == answer.text
@@ -68,27 +71,26 @@ def test_ask_reads_standard_input(run, text_file, model_folder):
     assert piped["trace"][0]["document"] == "-"
 
 
-def test_ask_options_reach_the_model(run, tmp_path, text, model_folder):
+def test_ask_options_reach_the_model(answer_of, tmp_path, text, model_folder):
     path = tmp_path / "short.txt"
     path.write_text(text[:1500])
     options = ("--temperature", 2, "--top-k", 50, "--top-p", 0.9, "--seed", 3)
     options += ("--max-new-tokens", 3, "--ratio", 8)
-    result = run("ask", path, "-q", QUESTION, "--model", model_folder, "--json", *options)
-    answer = json.loads(result.stdout)
+    answer = answer_of("ask", path, "-q", QUESTION, "--model", model_folder, *options)
     assert answer["ratio"] == 8
     whole = LycheeMemory.from_pretrained(model_folder, ratio=8)
     memory = replace(whole.memory, answer=3)
     model = LycheeMemory(whole.decoder, whole.tokenizer, whole.raw_config, memory)
     bank = model.remember(path)
     expected = model.ask(bank, QUESTION, sampling=Sampling(2.0, 50, 0.9, 3))
-    assert answer["trace"] == expected.to_dict()["trace"]
+    assert [Step(**step) for step in answer["trace"]] == expected.trace
     assert answer["text"] == expected.text
     assert expected.trace != model.ask(bank, QUESTION).trace
     longer = whole.ask(whole.remember(path), QUESTION, sampling=Sampling(2.0, 50, 0.9, 3))
     assert len(longer.text) > len(answer["text"]) > 0
 
 
-def test_untrained_folder_warns(run, tmp_path, text_file, model_folder):
+def test_untrained_folder_warns(invoke, tmp_path, text_file, model_folder):
     """A folder without memory parameters works, and says what its answers are worth."""
     from safetensors.torch import load_file, save_file
 
@@ -97,10 +99,10 @@ def test_untrained_folder_warns(run, tmp_path, text_file, model_folder):
     tensors = load_file(model_folder / "model.safetensors")
     kept = {name: tensor for name, tensor in tensors.items() if "lychee_memory_" not in name}
     save_file(kept, tmp_path / "model.safetensors")
-    result = run("ask", text_file, "-q", QUESTION, "--model", tmp_path, "--json")
-    assert result.returncode == 0
-    assert json.loads(result.stdout)["trained"] is False
-    assert f"lychee: warning: {tmp_path}: has no trained memory" in result.stderr
+    result = invoke("ask", text_file, "-q", QUESTION, "--model", tmp_path, "--json")
+    assert result.status == 0
+    assert json.loads(result.out)["trained"] is False
+    assert f"lychee: warning: {tmp_path}: has no trained memory" in result.errors
 
 
 def test_closed_pipe_is_quiet(start, text_file, model_folder):
