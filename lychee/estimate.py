@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a bank of so many tokens will take, from a model's config.json alone.
 
-Bytes of pages are exact for texts cut into full chunks. Peaks are upper bounds, added up from the
-parts that `PARTS` names; a test holds them against measured ones.
+Bytes of pages are exact for texts cut into full chunks. Peaks are added up from the parts that
+`PARTS` names; a test holds the sum against a measured one. On a GPU they are those of its memory,
+without the texts.
 """
 
 from __future__ import annotations
@@ -20,22 +21,24 @@ from lychee.config import MemoryConfig, ModelConfig
 from lychee.decoder import Decoder
 from lychee.errors import InputError, MemoryConfigError
 from lychee.memory_model import SHIPPED_MODEL, pick_device, pick_dtype
+from lychee.reading import MAX_TOKENS
 from lychee.reasoner import MAX_ROWS
 from lychee.weights import CONFIG, read_config
 
 RATIOS = (2, 4, 8, 16)
-# Measured with byte-level BPE on English: bytes per token while a text is cut into tokens, with
-# the characters each came from, and what stays of it while the tokens are compressed.
-CUTTING_BYTES, CUT_BYTES = 500, 48
+# Measured with byte-level BPE on English: bytes per token that cutting a text takes, for tokens and
+# the characters each came from. The allocator keeps them for what comes after.
+CUTTING_BYTES = 500
 
 PARTS = {
-    "bank": "all pages, whose last may be part empty; the texts are stored beside them",
-    "build": "peak of 'lychee build': weights, all texts as one document, one batch of chunks, and "
-    "two segments on their way to the disk",
-    "ask": "peak of 'lychee ask' on texts or on a bank in memory: weights, texts, pages, and one "
-    "batch of chunks or of reading turns with notes of full length",
-    "from disk": "peak of 'lychee ask' on a bank on disk: weights, one batch of reading turns and "
-    "its pages",
+    "bank": "all pages, of chunks of full length; chunks that end with a sentence take some more, "
+    "and on disk the texts are added",
+    "build": "peak of 'lychee build': weights, all texts as one document and its tokens, one batch "
+    "of chunks, and two segments on their way to the disk",
+    "ask": "peak of 'lychee ask' on texts: weights, texts and tokens, the bank, and one batch of "
+    "chunks or of one question's reading turns, with question and notes of full length",
+    "from disk": "peak of 'lychee ask' on a bank on disk: weights, one such batch of reading turns "
+    "and the pages of its chunks",
 }
 
 
@@ -150,7 +153,7 @@ def estimate_row(
     bank = page * pages
     work = itemsize * compress_floats(config, memory)
     reading = itemsize * read_floats(config, memory)
-    cutting, cut = (CUTTING_BYTES * tokens, CUT_BYTES * tokens) if host else (0, 0)
+    text = CUTTING_BYTES * tokens if host else 0
     segments = 2 * min(bank, SEGMENT_BYTES)
     turn_pages = min(bank, MAX_ROWS * page * pages_of(memory.chunk, memory))
     return Row(
@@ -159,8 +162,8 @@ def estimate_row(
         -(-tokens // memory.ratio),
         pages,
         bank,
-        weight_bytes + max(cutting, cut + work + segments),
-        weight_bytes + max(cutting, bank + max(cut + work, reading)),
+        weight_bytes + text + work + segments,
+        weight_bytes + text + bank + max(work, reading),
         weight_bytes + reading + turn_pages,
     )
 
@@ -179,18 +182,16 @@ def compress_floats(config: ModelConfig, memory: MemoryConfig) -> int:
 
 
 def read_floats(config: ModelConfig, memory: MemoryConfig) -> int:
-    """Numbers alive at once in a batch of reading turns with questions and notes of full length.
+    """Numbers alive at once where one question, and notes, of full length are read with.
 
-    Activations of the widest part of a layer, the turns' keys and values, and the scores of the
-    notes' tokens over the vocabulary.
+    Many chunks' turns are checked in one pass, as long as `MAX_ROWS` and `MAX_TOKENS` allow:
+    activations of the widest part of a layer, or the scores of the notes over the vocabulary.
     """
-    prompt = memory.question + memory.size
-    rows = MAX_ROWS
-    tokens = rows * prompt
+    width = memory.question + 2 * memory.size
+    rows = max(1, min(MAX_ROWS, MAX_TOKENS // width))
     query = config.num_attention_heads * config.head_dim
     key = config.num_key_value_heads * config.head_dim
     attention = 3 * (query + 2 * key) + query
     mlp = config.hidden_size + 2 * config.intermediate_size
-    cache = 2 * config.num_hidden_layers * key * (tokens + rows * memory.size)
-    scores = rows * memory.size * config.vocab_size
-    return max(tokens * (config.hidden_size + max(attention, mlp)) + cache, scores)
+    activations = rows * width * (config.hidden_size + max(attention, mlp))
+    return max(activations, rows * memory.size * config.vocab_size)

@@ -36,6 +36,7 @@ LABELS = {
     "chunks": "Chunks",
     "chunks_gated": "Chunks gated",
     "chunks_read": "Chunks read",
+    "reads": "Readings",
     "prompt_tokens": "Prompt tokens",
     "new_tokens": "New tokens",
     "build_seconds": "Building the memory",
