@@ -39,8 +39,9 @@ def evaluate(
         str,
         typer.Argument(
             metavar="TASK",
-            help="needles, ruler or one of its tasks (niah_single_1, vt, ...), or a format of "
-            "files: ruler_hqa, hotpotqa, ruler_file, longbench, own. Several with commas.",
+            help="needles; ruler or one of its tasks (niah_single_1, vt, ...); multihop or one of "
+            "its tasks (hops_2, ...); or a format of files: ruler_hqa, hotpotqa, ruler_file, "
+            "longbench, own. Several with commas.",
         ),
     ],
     files: Annotated[
@@ -56,11 +57,11 @@ def evaluate(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of texts, facts and places.")] = 0,
     split: Annotated[
-        str, typer.Option(help="Of RULER's words and texts: train, validation, test, or all.")
+        str, typer.Option(help="Of names and texts: train, validation, test, or all.")
     ] = "test",
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="Difficulty of RULER's tasks: keys=8."),
+        typer.Option("--set", metavar="NAME=VALUE", help="Difficulty of a task: keys=8."),
     ] = None,
     method: Methods = None,
     ratio: Ratios = None,
@@ -80,6 +81,7 @@ def evaluate(
 ) -> None:
     """Ask questions whose answers are known, and count the right ones."""
     load_libraries()
+    from lychee.data.task import SPLITS
     from lychee.eval import harness, metrics, tasks
     from lychee.eval import plots as drawing
     from lychee.eval.methods import check_methods
@@ -90,6 +92,8 @@ def evaluate(
         raise InputError("--plots: expected --out DIR to draw into, got none")
     if plots:
         drawing.load_matplotlib()
+    if split not in (splits := (*SPLITS, WHOLE)):
+        raise InputError(f"split: expected one of {', '.join(splits)}, got {split!r}")
     names, methods = tasks.task_names(task), method or ["ours"]
     check_methods(methods)
     metrics.check_metrics(metric or [])

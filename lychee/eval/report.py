@@ -34,13 +34,13 @@ def wilson_interval(right: float, asked: int, z: float = 1.96) -> tuple[float, f
 
 
 def summarise(records: Sequence[Record], breakdown: dict[str, dict[str, Any]]) -> Cell:
-    """One cell of results, from all its records.
+    """One cell of results, from all its records; each one's first metric is its score.
 
     Seconds are means: `build_seconds` per text, `ask_seconds` per question about a bank at hand,
     `answer_seconds` per question from nothing, were it the only one about its text.
     """
-    metric = next(iter(records[0]["scores"]))
-    scores = [record["scores"][metric] for record in records]
+    metrics = [next(iter(record["scores"])) for record in records]
+    scores = [record["scores"][name] for name, record in zip(metrics, records, strict=True)]
     low, high = wilson_interval(sum(scores), len(scores))
     firsts = {record["text"]: record for record in records}.values()
     peaks = [record["peak_bytes"] for record in firsts if record["peak_bytes"] is not None]
@@ -58,12 +58,12 @@ def summarise(records: Sequence[Record], breakdown: dict[str, dict[str, Any]]) -
         "tokens": int(median(record["text_tokens"] for record in firsts)),
         "texts": len(firsts),
         "questions": len(records),
-        "metric": metric,
+        "metric": metrics[0] if len(set(metrics)) == 1 else "score",
         "score": fmean(scores),
         "interval_95": [low, high],
         "metrics": {
-            name: fmean(record["scores"][name] for record in records)
-            for name in records[0]["scores"]
+            name: fmean(r["scores"][name] for r in records if name in r["scores"])
+            for name in dict.fromkeys(name for record in records for name in record["scores"])
         },
         "breakdown": parts,
         "build_seconds": build,
