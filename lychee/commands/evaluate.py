@@ -68,6 +68,14 @@ def evaluate(
     bank_dtype: Annotated[
         list[str] | None, typer.Option(metavar="TYPE", help="Of the bank: int8; repeatable.")
     ] = None,
+    gate_threshold: Annotated[
+        list[float] | None,
+        typer.Option(min=0, max=1, metavar="P", help="Else the model's; repeatable."),
+    ] = None,
+    no_gate: Annotated[
+        bool, typer.Option("--no-gate", help="Read every chunk; beside thresholds, as well.")
+    ] = False,
+    passes: Annotated[int | None, typer.Option(min=1, help="Times to go over a bank.")] = None,
     metric: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Else the task's; repeatable.")
     ] = None,
@@ -100,7 +108,10 @@ def evaluate(
     files, difficulty = tuple(files or ()), parse_settings(settings or [])
     request = tasks.Request(files, questions, seed, None if split == WHOLE else split, difficulty)
     load = lambda at: load_model(model, at)  # noqa: E731
-    runs = harness.settings_of(methods, ratio or [None], bank_dtype or ["auto"])
+    gates = [str(threshold) for threshold in gate_threshold or ()] + ["off"] * no_gate
+    runs = harness.settings_of(
+        methods, ratio or [None], bank_dtype or ["auto"], gates or ["auto"], passes
+    )
     tokenizer = load(runs[0].ratio).tokenizer
     cells = tasks.task_cells(names, length or LENGTHS, request, tokenizer)
     shared = {
@@ -111,6 +122,7 @@ def evaluate(
         "split": split,
         "difficulty": difficulty,
         "metrics": metric,
+        "passes": passes,
     }
     records = RecordFile(out, shared)
     table = Table(

@@ -9,7 +9,7 @@ from lychee.errors import InputError
 from lychee.eval import plots
 
 
-def make_cell(method, tokens, seconds, *, ratio=4, bank_dtype="auto", score=0.5):
+def make_cell(method, tokens, seconds, *, ratio=4, bank_dtype="auto", gate="auto", score=0.5):
     ours = method == "ours"
     return {
         "task": "vt",
@@ -19,6 +19,7 @@ def make_cell(method, tokens, seconds, *, ratio=4, bank_dtype="auto", score=0.5)
         "method": method,
         "ratio": ratio if ours else None,
         "bank_dtype": bank_dtype if ours else None,
+        "gate": gate if ours else None,
         "metric": "exact",
         "score": score,
         "interval_95": [score / 2, (1 + score) / 2],
@@ -49,9 +50,11 @@ def test_crossover_by_hand():
 
 
 def test_series_have_a_name_and_two_points():
-    found = plots.series(CELLS, "tokens", "ask_seconds", "method", "ratio", "bank_dtype")
+    found = plots.series(CELLS, "tokens", "ask_seconds", *plots.LINE)
     assert found["ours, ratio 4"] == [(1024, 4.0), (2048, 5.0), (4096, 6.0)]
     assert set(found) == {"ours, ratio 4", "memagent"}
+    ungated = [make_cell("ours", n, 1.0, gate="off") for n in (1, 2)]
+    assert list(plots.series(ungated, "tokens", "score", *plots.LINE)) == ["ours, ratio 4, no gate"]
     assert plots.series(CELLS[:1], "tokens", "ask_seconds", "method") == {}
 
 
