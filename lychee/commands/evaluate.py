@@ -39,8 +39,9 @@ def evaluate(
         str,
         typer.Argument(
             metavar="TASK",
-            help="needles, ruler or one of its tasks (niah_single_1, vt, ...), or a format of "
-            "files: ruler_hqa, hotpotqa, ruler_file, longbench, own. Several with commas.",
+            help="needles; ruler or one of its tasks (niah_single_1, vt, ...); multihop or one of "
+            "its tasks (hops_2, ...); or a format of files: ruler_hqa, hotpotqa, ruler_file, "
+            "longbench, own. Several with commas.",
         ),
     ],
     files: Annotated[
@@ -56,17 +57,25 @@ def evaluate(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of texts, facts and places.")] = 0,
     split: Annotated[
-        str, typer.Option(help="Of RULER's words and texts: train, validation, test, or all.")
+        str, typer.Option(help="Of names and texts: train, validation, test, or all.")
     ] = "test",
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="Difficulty of RULER's tasks: keys=8."),
+        typer.Option("--set", metavar="NAME=VALUE", help="Difficulty of a task: keys=8."),
     ] = None,
     method: Methods = None,
     ratio: Ratios = None,
     bank_dtype: Annotated[
         list[str] | None, typer.Option(metavar="TYPE", help="Of the bank: int8; repeatable.")
     ] = None,
+    gate_threshold: Annotated[
+        list[float] | None,
+        typer.Option(min=0, max=1, metavar="P", help="Else the model's; repeatable."),
+    ] = None,
+    no_gate: Annotated[
+        bool, typer.Option("--no-gate", help="Read every chunk; beside thresholds, as well.")
+    ] = False,
+    passes: Annotated[int | None, typer.Option(min=1, help="Times to go over a bank.")] = None,
     metric: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Else the task's; repeatable.")
     ] = None,
@@ -80,6 +89,7 @@ def evaluate(
 ) -> None:
     """Ask questions whose answers are known, and count the right ones."""
     load_libraries()
+    from lychee.data.task import SPLITS
     from lychee.eval import harness, metrics, tasks
     from lychee.eval import plots as drawing
     from lychee.eval.methods import check_methods
@@ -90,13 +100,18 @@ def evaluate(
         raise InputError("--plots: expected --out DIR to draw into, got none")
     if plots:
         drawing.load_matplotlib()
+    if split not in (splits := (*SPLITS, WHOLE)):
+        raise InputError(f"split: expected one of {', '.join(splits)}, got {split!r}")
     names, methods = tasks.task_names(task), method or ["ours"]
     check_methods(methods)
     metrics.check_metrics(metric or [])
     files, difficulty = tuple(files or ()), parse_settings(settings or [])
     request = tasks.Request(files, questions, seed, None if split == WHOLE else split, difficulty)
     load = lambda at: load_model(model, at)  # noqa: E731
-    runs = harness.settings_of(methods, ratio or [None], bank_dtype or ["auto"])
+    gates = [str(threshold) for threshold in gate_threshold or ()] + ["off"] * no_gate
+    runs = harness.settings_of(
+        methods, ratio or [None], bank_dtype or ["auto"], gates or ["auto"], passes
+    )
     tokenizer = load(runs[0].ratio).tokenizer
     cells = tasks.task_cells(names, length or LENGTHS, request, tokenizer)
     shared = {
@@ -107,6 +122,7 @@ def evaluate(
         "split": split,
         "difficulty": difficulty,
         "metrics": metric,
+        "passes": passes,
     }
     records = RecordFile(out, shared)
     table = Table(

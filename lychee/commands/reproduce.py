@@ -76,7 +76,7 @@ def reproduce(
         field,
     )
     request = tasks.Request(tuple(books or ()), plan.questions, seed)
-    names, load = tasks.generated_names(task), lambda at: load_model(model, at)
+    names, load = tasks.generated_task(task), lambda at: load_model(model, at)
     tokenizer = load(None).tokenizer
     shared = {
         "model": harness.fingerprint(model),

@@ -5,16 +5,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from lychee.data.filler import read_books
+from lychee.data.multihop import TASKS as MULTI_HOP_TASKS
+from lychee.data.multihop import MultiHopMaker
 from lychee.data.needles import word_list
 from lychee.data.readers import FORMATS, read_samples
 from lychee.data.ruler import METRIC, RulerMaker, setting_of
 from lychee.data.ruler import TASKS as RULER_TASKS
-from lychee.data.task import TaskSample
+from lychee.data.task import SPLITS, TaskSample
 from lychee.demo import read_book
 from lychee.errors import InputError
 from lychee.eval.needles import BREAKDOWN, NeedleTexts
@@ -31,8 +34,8 @@ class Request:
     Attributes:
         files: books of generated tasks, data files of the others.
         questions: per cell; None is QUESTIONS, or all that a file holds.
-        split: of names, values and filler of RULER's tasks; None draws from everything.
-        difficulty: settings of RULER's tasks by name.
+        split: of names, values and filler; None draws from everything. Needles know no split.
+        difficulty: settings of the tasks by name.
     """
 
     files: tuple[Path, ...] = ()
@@ -61,21 +64,30 @@ class TaskCell:
     breakdown: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
+# Names that stand for several tasks.
+GROUPS = {"ruler": list(RULER_TASKS), "multihop": list(MULTI_HOP_TASKS)}
+# Makers of the tasks that take a split, and the metric of each.
+MAKERS = dict.fromkeys(RULER_TASKS, (RulerMaker, METRIC)) | dict.fromkeys(
+    MULTI_HOP_TASKS, (MultiHopMaker, "exact_match")
+)
+GENERATED = ["needles", *MAKERS]
+
+
 def task_names(names: str) -> list[str]:
-    """Tasks of a list with commas, where "ruler" is all of RULER's; InputError for unknown ones."""
-    known = ["needles", *RULER_TASKS, *FORMATS]
+    """Tasks of a list with commas, groups taken apart; InputError for unknown ones."""
+    known = [*GROUPS, *GENERATED, *FORMATS]
     found: list[str] = []
     for name in names.split(","):
-        if name != "ruler" and name not in known:
-            raise InputError(f"task: expected one of ruler, {', '.join(known)}, got {name!r}")
-        found += RULER_TASKS if name == "ruler" else [name]
+        if name not in known:
+            raise InputError(f"task: expected one of {', '.join(known)}, got {name!r}")
+        found += GROUPS.get(name, [name])
     return list(dict.fromkeys(found))
 
 
-def generated_names(name: str) -> list[str]:
+def generated_task(name: str) -> list[str]:
     """One task that can be made at any length; InputError for any other."""
-    if name not in (known := ["needles", *RULER_TASKS]):
-        raise InputError(f"task: expected one of {', '.join(known)}, got {name!r}")
+    if name not in GENERATED:
+        raise InputError(f"task: expected one of {', '.join(GENERATED)}, got {name!r}")
     return [name]
 
 
@@ -96,34 +108,38 @@ def task_cells(
     if "needles" in tasks:
         needles = NeedleTexts(tokenizer, books)
         for length in lengths:
-            texts = lambda length=length: needles.texts(length, needed, request.seed)  # noqa: E731
+            texts = partial(needles.texts, length, needed, request.seed)
             cells.append(TaskCell("needles", "", length, needed, texts, "exact", BREAKDOWN))
-    ruler = [task for task in tasks if task in RULER_TASKS]
-    for task in ruler:
-        setting_of(task, request.difficulty)
-    if ruler:
+    for task in tasks:
+        if task in RULER_TASKS:
+            setting_of(task, request.difficulty)
+        if task in MULTI_HOP_TASKS and request.split is None:
+            raise InputError(f"{task}: split: expected one of {', '.join(SPLITS)}, got all of them")
+    if MAKERS.keys() & set(tasks):
         words = word_list(books, tokenizer.encode)
         count = lambda text: len(tokenizer.encode(text))  # noqa: E731
-        maker = RulerMaker(words, count, books, request.split, request.seed)
-        for task in ruler:
-            for length in lengths:
-                cells.append(ruler_cell(maker, task, length, needed, request.difficulty))
+        makers = {
+            kind: kind(words, count, books, request.split, request.seed)
+            for kind in dict.fromkeys(MAKERS[task][0] for task in tasks if task in MAKERS)
+        }
+        for task in tasks:
+            if task in MAKERS:
+                kind, metric = MAKERS[task]
+                for length in lengths:
+                    texts = partial(make_texts, makers[kind], task, length, needed, request)
+                    cells.append(TaskCell(task, "", length, needed, texts, metric))
     return cells
 
 
-def ruler_cell(
-    maker: RulerMaker, task: str, length: int, questions: int, difficulty: dict[str, Any]
-) -> TaskCell:
-    """One of RULER's tasks at one length; a text is asked all that it holds."""
-
-    def texts() -> Texts:
-        index, left = 0, questions
-        while left > 0:
-            samples = maker.make(task, length, index, left, **difficulty)
-            yield samples
-            index, left = index + 1, left - len(samples)
-
-    return TaskCell(task, "", length, questions, texts, METRIC)
+def make_texts(
+    maker: RulerMaker | MultiHopMaker, task: str, length: int, questions: int, request: Request
+) -> Texts:
+    """Texts until `questions` are asked, each text as many as it holds."""
+    index, left = 0, questions
+    while left > 0:
+        samples = maker.make(task, length, index, left, **request.difficulty)
+        yield samples
+        index, left = index + 1, left - len(samples)
 
 
 def file_cells(tasks: Sequence[str], request: Request) -> list[TaskCell]:
@@ -139,6 +155,6 @@ def file_cells(tasks: Sequence[str], request: Request) -> list[TaskCell]:
             groups = [list(group) for _, group in groupby(samples, key=lambda s: s.context)]
             used = {sample.metric for sample in samples}
             metric = used.pop() if len(used) == 1 else "score"
-            texts = lambda groups=groups: iter(groups)  # noqa: E731
+            texts = partial(iter, groups)
             cells.append(TaskCell(task, path.name, None, len(samples), texts, metric))
     return cells
