@@ -109,7 +109,7 @@ class Recipe:
             raw = tomllib.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise InputError(f"{path}: expected a training recipe, got: {error}") from error
-        return read_fields(cls, rename_stages(raw), f"{path}: ")
+        return read_fields(cls, raw, f"{path}: ")
 
     @property
     def total_steps(self) -> int:
@@ -141,26 +141,22 @@ class Recipe:
         return {n: v for n, v in values.items() if n not in self.free} | {"stage": started}
 
 
-def rename_stages(raw: dict[str, Any]) -> dict[str, Any]:
-    """[[stage]] tables under the name of the field that holds them."""
-    return {("stages" if name == "stage" else name): value for name, value in raw.items()}
-
-
 def read_fields(cls: type, raw: dict[str, Any], where: str) -> Any:
     """An instance of a dataclass from a TOML table; `where` opens every error's message."""
     hints = typing.get_type_hints(cls)
-    known = {item.name: item for item in dataclasses.fields(cls)}
-    listed = ", ".join(NAMES_IN_FILE.get(name, name) for name in known)
+    # Fields by the names that they have in the file.
+    known = {NAMES_IN_FILE.get(item.name, item.name): item for item in dataclasses.fields(cls)}
     for name in raw:
         if name not in known:
-            raise InputError(f"{where}{name}: expected one of {listed}, got this field")
+            raise InputError(f"{where}{name}: expected one of {', '.join(known)}, got this field")
     for name, item in known.items():
         defaults = (item.default, item.default_factory)
         if name not in raw and all(value is dataclasses.MISSING for value in defaults):
             raise InputError(f"{where}{name}: expected a value, got none")
+    fields = {known[name].name: (name, value) for name, value in raw.items()}
     values = {
-        name: convert(value, hints[name], where + NAMES_IN_FILE.get(name, name))
-        for name, value in raw.items()
+        field: convert(value, hints[field], f"{where}{name}")
+        for field, (name, value) in fields.items()
     }
     try:
         return cls(**values)
