@@ -52,6 +52,25 @@ class LoraSettings:
 
 
 @dataclass(frozen=True)
+class DataSettings:
+    """[data]: files of questions with their texts, as `lychee.data.readers` reads them.
+
+    `files` are names or patterns in the folder of books, `format` one of the readers' formats, and
+    `share` is that of batches made from them.
+    """
+
+    files: tuple[str, ...]
+    format: str
+    share: float = 1.0
+
+    def __post_init__(self):
+        if not self.files:
+            raise ValueError("files: expected names of files, got none")
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share: expected above 0 and at most 1, got {self.share}")
+
+
+@dataclass(frozen=True)
 class Recipe:
     """What every kind of training reads from its TOML file; each adds fields and its stages.
 
@@ -62,7 +81,9 @@ class Recipe:
         clip: largest norm of the gradient over all parameters.
         betas, weight_decay: of AdamW.
         save_every, log_every: in steps.
-        books: names or patterns of texts in the folder of books; none is every *.txt there.
+        books: names or patterns of texts in the folder of books; none is every *.txt there, or with
+            `data` the texts of its questions.
+        data: questions from files.
         start: model folder to start from, or "shipped"; not together with `model`.
         model: config.json's fields of a model that starts from nothing.
         memory: fields of `MemoryConfig`; with `start` only those that differ from the folder's.
@@ -79,6 +100,7 @@ class Recipe:
     save_every: int = 200
     log_every: int = 20
     books: tuple[str, ...] = ()
+    data: DataSettings | None = None
     start: str | None = None
     model: dict[str, Any] | None = None
     memory: dict[str, Any] = field(default_factory=dict)
