@@ -67,7 +67,8 @@ class FileTraces:
             )
         if left_out:
             print(
-                f"data: {left_out} of {len(traces)} records exceed the model's limits", flush=True
+                f"data: {left_out} of {len(traces)} records exceed the limits of [memory]",
+                flush=True,
             )
 
     def trace(self, sample: TaskSample) -> Trace:

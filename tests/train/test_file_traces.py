@@ -34,7 +34,10 @@ def records(books, count):
     words = sorted(set((books / "book.txt").read_text().replace(".", "").split()))
     for _ in range(count):
         documents = [
-            [f"title{place}", [" ".join(draw.sample(words, 6)) + ". " for _ in range(3)]]
+            [
+                f"title{place}",
+                [" ".join(draw.sample(words, draw.randint(4, 8))) + ". " for _ in range(3)],
+            ]
             for place in range(3)
         ]
         facts = [[f"title{place}", draw.randrange(3)] for place in (0, 2)]
@@ -129,13 +132,18 @@ def test_broken_records_are_named_by_line(tmp_path, books, folder, line, message
 
 
 def test_records_beyond_the_limits_are_counted(tmp_path, books, folder, capsys):
-    run = new_run(tmp_path, books, folder, (HEAD + DATA + STAGE).replace("size = 60", "size = 45"))
-    kept = len(run.file_traces.traces)
-    assert f"data: {12 - kept} of 12 records exceed the limits" in capsys.readouterr().out
+    run = new_run(tmp_path, books, folder)
+    lengths = sorted(sum(map(len, trace.sentences)) for trace in run.file_traces.traces)
+    limit = next(length for length in lengths if length < lengths[-1])
+    over = sum(length > limit for length in lengths)
+    capsys.readouterr()
+    recipe = HEAD + DATA + STAGE
+    (tmp_path / "again").mkdir()
+    new_run(tmp_path / "again", books, folder, recipe.replace("size = 60", f"size = {limit}"))
+    assert f"data: {over} of 12 records exceed the limits" in capsys.readouterr().out
+    (tmp_path / "never").mkdir()
     with pytest.raises(InputError, match="expected notes of at most 2 tokens"):
-        (tmp_path / "again").mkdir()
-        recipe = (HEAD + DATA + STAGE).replace("size = 60", "size = 2")
-        new_run(tmp_path / "again", books, folder, recipe)
+        new_run(tmp_path / "never", books, folder, recipe.replace("size = 60", "size = 2"))
 
 
 @pytest.mark.parametrize(
