@@ -27,6 +27,7 @@ from lychee.data.needles import word_list
 from lychee.data.recall import RecallSampler
 from lychee.decoder import Decoder
 from lychee.eval.metrics import score
+from lychee.lora import merge
 from lychee.memory_model import LycheeMemory
 from lychee.train.metrics import Value, keep_until
 from lychee.train.objective import (
@@ -39,6 +40,7 @@ from lychee.train.objective import (
 from lychee.train.rl_recipe import ReinforcementRecipe, ReinforcementStage
 from lychee.train.rollouts import Policy, Rollout, describe, roll_out
 from lychee.train.run import TrainingRun
+from lychee.train.start import identity
 
 # Texts rolled out at once in an evaluation.
 EVALUATED_TEXTS = 16
@@ -224,6 +226,12 @@ class Reinforcement(TrainingRun):
             with (self.folder / name).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
+    def description(self, step: int) -> dict[str, Any]:
+        """As for every training; also which weights it began with, from which it is held back."""
+        found = super().description(step)
+        began = identity(self.model, self.reference)["frozen_weights"]
+        return found | {"model": found["model"] | {"start": began}}
+
     def state(self) -> dict[str, Any]:
         return {"generator": self.generator.get_state()}
 
@@ -237,10 +245,11 @@ class Reinforcement(TrainingRun):
         """Write the model folder, and the frozen compressor's beside it where there is one."""
         super().export()
         if self.recipe.freeze_compressor and self.processes.first:
-            start = LycheeMemory(
-                self.reference, self.tokenizer, self.model.raw_config, self.model.memory
-            )
-            start.save_pretrained(self.folder / "compressor", getattr(torch, self.recipe.export))
+            start = copy.deepcopy(self.reference).cpu()
+            if self.recipe.lora is not None:
+                merge(start)
+            model = LycheeMemory(start, self.tokenizer, self.model.raw_config, self.model.memory)
+            model.save_pretrained(self.folder / "compressor", getattr(torch, self.recipe.export))
 
 
 def batch_sizes(total: int, most: int) -> list[int]:
