@@ -212,7 +212,9 @@ def test_every_installed_method_answers(tiny_model, prose):
 def test_task_names_and_lengths(books, tiny_model):
     assert task_names("vt,needles,vt") == ["vt", "needles"]
     assert len(task_names("ruler")) == 11
-    with pytest.raises(InputError, match="task: expected one of ruler, multihop, needles, .*, got 'qa'"):
+    with pytest.raises(
+        InputError, match="task: expected one of ruler, multihop, needles, .*, got 'qa'"
+    ):
         task_names("vt,qa")
     with pytest.raises(InputError, match="expected tasks that are generated or tasks of files"):
         task_cells(["vt", "own"], [100], Request((books,)), tiny_model.tokenizer)
