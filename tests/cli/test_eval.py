@@ -2,6 +2,7 @@
 """`lychee eval` and `lychee bench reproduce`: tables, files, resuming, and mistakes in one line."""
 
 import json
+import re
 import sys
 from types import SimpleNamespace
 
@@ -130,7 +131,12 @@ def test_reproduction_at_its_smallest(run, model_folder, book_file, tmp_path):
     assert ran == ours | others and report["refused"] == []
     here = {row["what"]: row["here"] for row in report["comparison"]}
     assert here["compressor"] == "trained: ends at 0.925 (1 runs)"
-    assert "x at 1,024 tokens" in here["speed"] and here["ratio"].count("%") == 2
+    # Which length is best differs from run to run; both were measured.
+    assert re.fullmatch(
+        r"from nothing [\d.]+x at [\d,]+ tokens.*; with the bank at hand [\d.]+x at .*",
+        here["speed"],
+    )
+    assert here["ratio"].count("%") == 2
     markdown = (out / "report.md").read_text()
     assert done.out == markdown and "| speed | up to 6x faster than MemAgent |" in markdown
     assert run(*call).out == markdown
