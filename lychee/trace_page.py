@@ -40,6 +40,7 @@ LABELS = {
     "prompt_tokens": "Prompt tokens",
     "new_tokens": "New tokens",
     "build_seconds": "Building the memory",
+    "open_seconds": "Opening the bank",
     "gate_seconds": "Gating",
     "read_seconds": "Reading",
     "answer_seconds": "Answering",
@@ -84,16 +85,20 @@ def describe(made_with: dict[str, Any]) -> str:
     parts = ["LycheeMemory trace"]
     if made_with.get("trained") is False:
         parts.append("never trained to remember")
-    listed = {n: v for n, v in made_with.items() if n not in ("trained", "build_seconds")}
+    listed = {n: v for n, v in made_with.items() if n != "trained" and not is_time(n)}
     parts += (f"{name.replace('_', ' ')} {as_text(name, v)}" for name, v in listed.items())
     return " · ".join(parts)
+
+
+def is_time(name: str) -> bool:
+    return name.endswith("_seconds")
 
 
 def make_article(index: int, answer: dict[str, Any], trace: dict[str, Any]) -> str:
     """Everything on one question."""
     chunk_map = make_map(answer)
     notes = next((s["memory"] for s in reversed(answer["trace"]) if s["memory"] is not None), "")
-    usage = {name: v for name, v in trace["made_with"].items() if name == "build_seconds"}
+    times = {name: value for name, value in trace["made_with"].items() if is_time(name)}
     parts = [
         f'<article id="answer-{index}">',
         f'<h1 class="text">{escape(answer["question"])}</h1>',
@@ -102,7 +107,7 @@ def make_article(index: int, answer: dict[str, Any], trace: dict[str, Any]) -> s
         *section("How the notes changed", make_changes(answer, chunk_map)),
         *section("Notes the answer was written from", f'<p class="text">{text_or(notes)}</p>'),
         *section("Sources", make_sources(answer, chunk_map)),
-        *section("Costs", make_costs(answer["usage"] | usage)),
+        *section("Costs", make_costs(answer["usage"] | times)),
         "</article>",
     ]
     return "\n".join(parts)
@@ -181,7 +186,7 @@ def make_sources(answer: dict[str, Any], chunk_map: ChunkMap) -> str:
         start = max(0, place - AROUND) if len(quote) > QUOTE else 0
         shown = quote[start : start + QUOTE]
         first = max(0, place - start - EXCERPT // 2) if place >= 0 else 0
-        opening = " ".join(shown[first : first + EXCERPT].split()[:-1])
+        opening = " ".join(shown[first : first + EXCERPT].split()[1 if first else 0 : -1])
         cut = [" ..." if start else "", " ..." if start + QUOTE < len(quote) else ""]
         data = "" if chunk is None else f' data-cell="{chunk_map.cell_of(chunk)}" tabindex="0"'
         items.append(

@@ -28,6 +28,12 @@ Model = Annotated[
 Ratio = Annotated[
     int | None, typer.Option(metavar="N", help="Raw tokens per memory token; else the model's own.")
 ]
+BankDtype = Annotated[
+    str,
+    typer.Option(
+        metavar="DTYPE", help="float32, float16, bfloat16, int8 or e4m3; auto is the model's own."
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 
 

@@ -13,8 +13,9 @@ from typing import Annotated, Any
 
 import typer
 
-from lychee.commands.apps import AsJson, Model, Ratio, app
+from lychee.commands.apps import AsJson, BankDtype, Model, Ratio, app
 from lychee.commands.loading import (
+    check_bank_dtype,
     check_question,
     describe,
     load_libraries,
@@ -41,6 +42,11 @@ def ask(
     ],
     model: Model = None,
     ratio: Ratio = None,
+    bank_dtype: BankDtype = "auto",
+    tier: Annotated[
+        str,
+        typer.Option(help="Where a bank's pages are kept: disk, cpu or gpu; auto leaves them."),
+    ] = "auto",
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Draw among so many tokens; 0 is all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Draw among tokens of this total share.")] = 1.0,
@@ -64,15 +70,17 @@ def ask(
     for question in questions:
         check_question(question)
     load_libraries()
+    check_bank_dtype(bank_dtype)
     from lychee.generate import Sampling
     from lychee.trace_file import check_writable, trace_of, write_text
 
     sampling = Sampling(temperature, top_k, top_p, seed)
     if trace is not None:
         check_writable(trace)
-    memory_model, bank, seconds = prepare(sources, questions, model, ratio, max_new_tokens)
+    memory_model, bank, seconds = prepare(
+        sources, questions, model, ratio, max_new_tokens, bank_dtype, tier
+    )
     events = EventLines() if stream else None
-    bytes_read = bank.bytes_read
     with ProgressDisplay("Reading", "chunks") as display:
         answers = memory_model.ask_many(
             bank,
@@ -82,7 +90,6 @@ def ask(
             on_token=None if events is None else events.token,
         )
     made_with = describe(memory_model, model) | seconds
-    made_with["bytes_read"] = bank.bytes_read - bytes_read
     if trace is not None:
         write_text(trace, json.dumps(trace_of(answers, made_with)))
     if events is not None:
@@ -100,6 +107,8 @@ def prepare(
     folder: Path | None,
     ratio: int | None,
     max_new_tokens: int | None,
+    bank_dtype: str,
+    tier: str,
 ):
     """Model, bank and the seconds that making or opening the bank took."""
     from lychee.bank import MemoryBank, is_bank
@@ -113,8 +122,12 @@ def prepare(
         )
     if banks:
         started = time.perf_counter()
-        bank = MemoryBank.open(banks[0])
+        bank = MemoryBank.open(banks[0], tier=tier)
         opened = time.perf_counter() - started
+        if bank_dtype not in ("auto", bank.dtype):
+            raise InputError(
+                f"bank-dtype: expected {bank.dtype}, which {bank.path} has, got {bank_dtype}"
+            )
         memory_model = load_model_of(bank, folder, ratio, max_new_tokens)
         check_lengths(memory_model, questions)
         bank.attach(memory_model)
@@ -124,7 +137,7 @@ def prepare(
     check_lengths(memory_model, questions)
     started = time.perf_counter()
     with ProgressDisplay("Remembering", "tokens") as display:
-        bank = memory_model.remember(documents, progress=display)
+        bank = memory_model.remember(documents, bank_dtype=bank_dtype, tier=tier, progress=display)
     return memory_model, bank, {"build_seconds": round(time.perf_counter() - started, 3)}
 
 

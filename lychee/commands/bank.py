@@ -11,8 +11,13 @@ from typing import Annotated, Any
 
 import typer
 
-from lychee.commands.apps import AsJson, Model, Ratio, app
-from lychee.commands.loading import load_libraries, load_model, load_model_of
+from lychee.commands.apps import AsJson, BankDtype, Model, Ratio, app
+from lychee.commands.loading import (
+    check_bank_dtype,
+    load_libraries,
+    load_model,
+    load_model_of,
+)
 from lychee.errors import BankError, InputError
 from lychee.progress import ProgressDisplay
 from lychee.quantities import as_duration, as_size
@@ -20,7 +25,6 @@ from lychee.quantities import as_duration, as_size
 FAILED = 1
 MOST_LISTED = 1000
 
-BANK_DTYPES = "float32, float16, bfloat16, int8 or e4m3; else the model's own."
 Bank = Annotated[Path, typer.Argument(metavar="BANK", help="Folder of a memory bank.")]
 Documents = Annotated[
     list[Path],
@@ -37,7 +41,7 @@ def build(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a bank that was begun; skip what it has.")
     ] = False,
-    bank_dtype: Annotated[str, typer.Option(metavar="DTYPE", help=BANK_DTYPES)] = "auto",
+    bank_dtype: BankDtype = "auto",
     model: Model = None,
     ratio: Ratio = None,
     as_json: AsJson = False,
@@ -47,12 +51,10 @@ def build(
     What an interrupted build has finished is kept: the same command with --resume goes on from it.
     """
     load_libraries()
-    from lychee.bank import DTYPES, BankBuilder, is_bank
+    from lychee.bank import BankBuilder, is_bank
     from lychee.documents import read_documents
 
-    if bank_dtype not in ("auto", *DTYPES):
-        names = ", ".join(DTYPES)
-        raise InputError(f"bank-dtype: expected one of {names}, got {bank_dtype!r}")
+    check_bank_dtype(bank_dtype)
     refuse_banks(documents)
     if not resume and is_bank(out):
         raise InputError(

@@ -28,6 +28,14 @@ def check_question(question: str) -> None:
         raise InputError(f"question: expected UTF-8 text, got {question!r}") from error
 
 
+def check_bank_dtype(name: str) -> None:
+    """Refuse, before the model is loaded, a dtype that no bank has."""
+    from lychee.bank import DTYPES
+
+    if name not in ("auto", *DTYPES):
+        raise InputError(f"bank-dtype: expected one of {', '.join(DTYPES)}, got {name!r}")
+
+
 def load_model_of(
     bank, folder: Path | None, ratio: int | None = None, max_new_tokens: int | None = None
 ):

@@ -35,6 +35,10 @@ def bank(docs, tmp_path, model_folder, invoke):
     return path
 
 
+def untimed(step):
+    return {name: value for name, value in step.items() if name != "seconds"}
+
+
 def names(report):
     return [document["name"] for document in report["documents"]]
 
@@ -77,9 +81,10 @@ def test_ask_on_a_bank_answers_as_on_its_texts(bank, docs, model_folder, answer_
     stored, fresh = answer_of("ask", bank, *options), answer_of("ask", docs, *options)
     assert len(stored["answers"]) == len(QUESTIONS)
     for ours, theirs in zip(stored["answers"], fresh["answers"], strict=True):
-        for field in ("question", "text", "trace", "sources"):
+        for field in ("question", "text", "sources"):
             assert ours[field] == theirs[field]
-    assert stored["bytes_read"] > 0 == fresh["bytes_read"]
+        assert [untimed(step) for step in ours["trace"]] == [untimed(s) for s in theirs["trace"]]
+        assert ours["usage"]["bytes_read"] > 0 == theirs["usage"]["bytes_read"]
     assert stored["open_seconds"] >= 0 and "build_seconds" not in stored
 
 
@@ -99,6 +104,14 @@ def test_ratio_is_the_banks_own(docs, tmp_path, model_folder, answer_of):
     answer_of("build", docs, "-o", path, "--model", model_folder, "--ratio", 8)
     assert answer_of("ask", path, "-q", "What?", "--model", model_folder)["ratio"] == 8
     answer_of("add", path, docs, "--model", model_folder)
+
+
+def test_dtype_and_tier_reach_the_bank(docs, bank, model_folder, answer_of):
+    options = ("-q", "What?", "--model", model_folder)
+    whole, small = (answer_of("ask", docs, *options, "--bank-dtype", d) for d in ("auto", "int8"))
+    assert small["usage"]["memory_bytes"] < whole["usage"]["memory_bytes"] / 3
+    read = {tier: answer_of("ask", bank, *options, "--tier", tier) for tier in ("disk", "cpu")}
+    assert read["disk"]["text"] == read["cpu"]["text"] == whole["text"]
 
 
 def test_stream_prints_every_event_as_a_line(bank, model_folder, invoke, answer_of):

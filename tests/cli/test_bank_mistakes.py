@@ -116,6 +116,16 @@ def test_ratio_that_is_not_the_banks(refuse, bank, options):
     assert line == f"ratio: expected 4, which {bank} was built with, got 8"
 
 
+def test_dtype_and_tier_that_a_bank_cannot_have(refuse, bank, text_file, options):
+    line = refuse("ask", bank, *QUESTION, *options, "--bank-dtype", "int8")
+    assert line == f"bank-dtype: expected float32, which {bank} has, got int8"
+    line = refuse("ask", text_file, *QUESTION, *options, "--bank-dtype", "int3")
+    assert line.startswith("bank-dtype: expected one of float32, ") and line.endswith("'int3'")
+    for path in (bank, text_file):
+        assert refuse("ask", path, *QUESTION, *options, "--tier", "moon").startswith("tier: exp")
+    assert refuse("ask", text_file, *QUESTION, *options, "--tier", "disk").startswith("tier: exp")
+
+
 def test_bank_of_another_model(refuse, bank, model_folder, tmp_path, text_file):
     """The shape is the same, one weight is not."""
     other = shutil.copytree(model_folder, tmp_path / "other")
