@@ -6,11 +6,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
-from lychee.data.filler import read_books
+from lychee.data.filler import Count, read_books
+from lychee.data.hotpotqa import lengthened
 from lychee.data.multihop import TASKS as MULTI_HOP_TASKS
 from lychee.data.multihop import MultiHopMaker
 from lychee.data.needles import word_list
@@ -25,6 +26,7 @@ from lychee.tokenizer import TextTokenizer
 
 Texts = Iterator[list[TaskSample]]
 QUESTIONS = 100
+LENGTHS = (4096, 16384, 65536, 131072)
 
 
 @dataclass(frozen=True)
@@ -92,9 +94,15 @@ def generated_task(name: str) -> list[str]:
 
 
 def task_cells(
-    tasks: Sequence[str], lengths: Sequence[int], request: Request, tokenizer: TextTokenizer
+    tasks: Sequence[str],
+    lengths: Sequence[int] | None,
+    request: Request,
+    tokenizer: TextTokenizer,
 ) -> list[TaskCell]:
-    """The cells of several tasks; what cannot be made is refused before anything runs."""
+    """The cells of several tasks; what cannot be made is refused before anything runs.
+
+    `lengths` None is LENGTHS for generated tasks, and for files the texts as they are.
+    """
     from_files = [task for task in tasks if task in FORMATS]
     if from_files and len(from_files) < len(tasks):
         raise InputError(
@@ -102,7 +110,9 @@ def task_cells(
             f"{', '.join(tasks)}"
         )
     if from_files:
-        return file_cells(from_files, request)
+        count = lambda text: len(tokenizer.encode(text))  # noqa: E731
+        return file_cells(from_files, lengths, request, count)
+    lengths = lengths or LENGTHS
     books = read_books(request.files) if request.files else [read_book(None)[1]]
     cells, needed = [], request.questions or QUESTIONS
     if "needles" in tasks:
@@ -142,19 +152,26 @@ def make_texts(
         index, left = index + 1, left - len(samples)
 
 
-def file_cells(tasks: Sequence[str], request: Request) -> list[TaskCell]:
-    """One cell per file; reads them all, so that a broken record stops the run at once."""
+def file_cells(
+    tasks: Sequence[str], lengths: Sequence[int] | None, request: Request, count: Count
+) -> list[TaskCell]:
+    """One cell per file, and length; reads all, so that a broken record stops the run at once."""
     if not request.files:
         raise InputError(f"{tasks[0]}: expected a data file, got none", "name it behind the task")
     if request.difficulty:
         raise InputError(f"{tasks[0]}: expected no settings, got {', '.join(request.difficulty)}")
-    cells = []
     for task in tasks:
-        for path in request.files:
+        if lengths and task != "hotpotqa":
+            raise InputError(f"{task}: length: expected none, as texts stay as they are in files")
+    cells = []
+    for task, path, length in product(tasks, request.files, lengths or [None]):
+        if length is None:
             samples = list(read_samples(path, task))[: request.questions]
-            groups = [list(group) for _, group in groupby(samples, key=lambda s: s.context)]
-            used = {sample.metric for sample in samples}
-            metric = used.pop() if len(used) == 1 else "score"
-            texts = partial(iter, groups)
-            cells.append(TaskCell(task, path.name, None, len(samples), texts, metric))
+        else:
+            samples = list(lengthened(path, length, count, request.questions, request.seed))
+        groups = [list(group) for _, group in groupby(samples, key=lambda s: s.context)]
+        used = {sample.metric for sample in samples}
+        metric = used.pop() if len(used) == 1 else "score"
+        texts = partial(iter, groups)
+        cells.append(TaskCell(task, path.name, length, len(samples), texts, metric))
     return cells
