@@ -105,7 +105,7 @@ def test_hotpotqa_grows_by_documents_of_other_questions(tmp_path):
     for length, samples in made.items():
         assert len(samples) == 10
         for index, sample in enumerate(samples):
-            assert 0.7 * length < count(sample.context) <= length
+            assert length - 18 < count(sample.context) <= length
             assert sample.context.count("Document ") == sample.details["num_docs"]
             ((start, stop),) = sample.support
             assert sample.context[start:stop] == f"It has number {index}."
