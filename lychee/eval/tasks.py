@@ -14,10 +14,12 @@ from lychee.data.filler import Count, read_books
 from lychee.data.hotpotqa import lengthened
 from lychee.data.multihop import TASKS as MULTI_HOP_TASKS
 from lychee.data.multihop import MultiHopMaker
+from lychee.data.multihop import setting_of as multi_hop_setting
 from lychee.data.needles import word_list
 from lychee.data.readers import FORMATS, read_samples
-from lychee.data.ruler import METRIC, RulerMaker, setting_of
+from lychee.data.ruler import METRIC, RulerMaker
 from lychee.data.ruler import TASKS as RULER_TASKS
+from lychee.data.ruler import setting_of as ruler_setting
 from lychee.data.task import SPLITS, TaskSample
 from lychee.demo import read_book
 from lychee.errors import InputError
@@ -68,9 +70,9 @@ class TaskCell:
 
 # Names that stand for several tasks.
 GROUPS = {"ruler": list(RULER_TASKS), "multihop": list(MULTI_HOP_TASKS)}
-# Makers of the tasks that take a split, and the metric of each.
-MAKERS = dict.fromkeys(RULER_TASKS, (RulerMaker, METRIC)) | dict.fromkeys(
-    MULTI_HOP_TASKS, (MultiHopMaker, "exact_match")
+# The tasks that take a split: what makes them, what checks their difficulty, and their metric.
+MAKERS = dict.fromkeys(RULER_TASKS, (RulerMaker, ruler_setting, METRIC)) | dict.fromkeys(
+    MULTI_HOP_TASKS, (MultiHopMaker, multi_hop_setting, "exact_match")
 )
 GENERATED = ["needles", *MAKERS]
 
@@ -109,35 +111,32 @@ def task_cells(
             f"task: expected tasks that are generated or tasks of files, got both: "
             f"{', '.join(tasks)}"
         )
+    count = lambda text: len(tokenizer.encode(text))  # noqa: E731
     if from_files:
-        count = lambda text: len(tokenizer.encode(text))  # noqa: E731
         return file_cells(from_files, lengths, request, count)
-    lengths = lengths or LENGTHS
+    for task in tasks:
+        if task in MAKERS:
+            MAKERS[task][1](task, request.difficulty)
+        if task in MULTI_HOP_TASKS and request.split is None:
+            raise InputError(f"{task}: split: expected one of {', '.join(SPLITS)}, got all of them")
     books = read_books(request.files) if request.files else [read_book(None)[1]]
-    cells, needed = [], request.questions or QUESTIONS
+    lengths, questions = lengths or LENGTHS, request.questions or QUESTIONS
+    cells = []
     if "needles" in tasks:
         needles = NeedleTexts(tokenizer, books)
         for length in lengths:
-            texts = partial(needles.texts, length, needed, request.seed)
-            cells.append(TaskCell("needles", "", length, needed, texts, "exact", BREAKDOWN))
-    for task in tasks:
-        if task in RULER_TASKS:
-            setting_of(task, request.difficulty)
-        if task in MULTI_HOP_TASKS and request.split is None:
-            raise InputError(f"{task}: split: expected one of {', '.join(SPLITS)}, got all of them")
-    if MAKERS.keys() & set(tasks):
-        words = word_list(books, tokenizer.encode)
-        count = lambda text: len(tokenizer.encode(text))  # noqa: E731
-        makers = {
-            kind: kind(words, count, books, request.split, request.seed)
-            for kind in dict.fromkeys(MAKERS[task][0] for task in tasks if task in MAKERS)
-        }
-        for task in tasks:
-            if task in MAKERS:
-                kind, metric = MAKERS[task]
-                for length in lengths:
-                    texts = partial(make_texts, makers[kind], task, length, needed, request)
-                    cells.append(TaskCell(task, "", length, needed, texts, metric))
+            texts = partial(needles.texts, length, questions, request.seed)
+            cells.append(TaskCell("needles", "", length, questions, texts, "exact", BREAKDOWN))
+    made = [task for task in tasks if task in MAKERS]
+    words = word_list(books, tokenizer.encode) if made else []
+    makers = {
+        kind: kind(words, count, books, request.split, request.seed)
+        for kind in dict.fromkeys(MAKERS[task][0] for task in made)
+    }
+    for task, length in product(made, lengths):
+        kind, _, metric = MAKERS[task]
+        texts = partial(make_texts, makers[kind], task, length, questions, request)
+        cells.append(TaskCell(task, "", length, questions, texts, metric))
     return cells
 
 
@@ -165,13 +164,18 @@ def file_cells(
             raise InputError(f"{task}: length: expected none, as texts stay as they are in files")
     cells = []
     for task, path, length in product(tasks, request.files, lengths or [None]):
-        if length is None:
-            samples = list(read_samples(path, task))[: request.questions]
-        else:
-            samples = list(lengthened(path, length, count, request.questions, request.seed))
-        groups = [list(group) for _, group in groupby(samples, key=lambda s: s.context)]
+        samples = list(read_samples(path, task))[: request.questions]
         used = {sample.metric for sample in samples}
         metric = used.pop() if len(used) == 1 else "score"
+        groups = [list(group) for _, group in groupby(samples, key=lambda s: s.context)]
         texts = partial(iter, groups)
+        if length is not None:
+            texts = partial(longer_texts, path, length, request, count)
         cells.append(TaskCell(task, path.name, length, len(samples), texts, metric))
     return cells
+
+
+def longer_texts(path: Path, length: int, request: Request, count: Count) -> Texts:
+    """HotpotQA's questions, each about a text of its own."""
+    for sample in lengthened(path, length, count, request.questions, request.seed):
+        yield [sample]
