@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,13 +17,14 @@ from lychee.commands.loading import load_libraries, load_model
 from lychee.errors import InputError
 from lychee.progress import ProgressDisplay
 
-LENGTHS = [4096, 16384, 65536, 131072]
 MOST_TOKENS = 16_777_216
 WHOLE = "all"
 
 Lengths = Annotated[
     list[int] | None,
-    typer.Option("--length", min=64, max=MOST_TOKENS, metavar="N", help="Tokens; repeatable."),
+    typer.Option(
+        "--length", min=64, max=MOST_TOKENS, metavar="N", help="Tokens per text; repeatable."
+    ),
 ]
 Ratios = Annotated[
     list[int] | None, typer.Option("--ratio", metavar="N", help="Of ours; repeatable.")
@@ -107,13 +109,13 @@ def evaluate(
     metrics.check_metrics(metric or [])
     files, difficulty = tuple(files or ()), parse_settings(settings or [])
     request = tasks.Request(files, questions, seed, None if split == WHOLE else split, difficulty)
-    load = lambda at: load_model(model, at)  # noqa: E731
+    load = lru_cache(maxsize=1)(lambda at: load_model(model, at))
     gates = [str(threshold) for threshold in gate_threshold or ()] + ["off"] * no_gate
     runs = harness.settings_of(
         methods, ratio or [None], bank_dtype or ["auto"], gates or ["auto"], passes
     )
     tokenizer = load(runs[0].ratio).tokenizer
-    cells = tasks.task_cells(names, length or LENGTHS, request, tokenizer)
+    cells = tasks.task_cells(names, length, request, tokenizer)
     shared = {
         "model": harness.fingerprint(model),
         "files": {file.name: digest_of(file) for file in files},

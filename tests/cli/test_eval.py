@@ -104,6 +104,7 @@ def test_a_file_of_ones_own(evaluate, text, tmp_path):
             ("vt", "--split", "dev"),
             "split: expected one of train, validation, test, all, got",
         ),
+        (("hops_2", "--set", "keys=2"), "hops_2: expected settings of distractors, surnames"),
         (("hops_2", "--split", "all"), "hops_2: split: expected one of train, validation, test"),
         (("own", "missing.jsonl"), "missing.jsonl: expected a text file, got: No such file"),
         (("vt", "--plots"), "--plots: expected --out DIR"),

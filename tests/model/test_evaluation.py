@@ -218,6 +218,8 @@ def test_task_names_and_lengths(books, tiny_model):
         task_names("vt,qa")
     with pytest.raises(InputError, match="expected tasks that are generated or tasks of files"):
         task_cells(["vt", "own"], [100], Request((books,)), tiny_model.tokenizer)
+    with pytest.raises(InputError, match="own: length: expected none, as texts stay as they are"):
+        task_cells(["own"], [100], Request((books,)), tiny_model.tokenizer)
     with pytest.raises(InputError, match="own: expected a data file, got none"):
         task_cells(["own"], [100], Request(), tiny_model.tokenizer)
 
