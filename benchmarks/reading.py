@@ -157,10 +157,12 @@ class ChosenGate(Gate):
         layers = decoder.config.num_hidden_layers
         super().__init__(decoder, GateConfig(layers=layers))
         self.chosen = torch.tensor(chosen, device=decoder.device)
+        self.scored = 0
         self.eval()
 
     def score(self, prompts, rows, pages):
         logits = super().score(prompts, rows, pages)
+        self.scored += len(logits)
         chunks = pages.table[:, 0] // (CHUNK // RATIO // PAGE_TOKENS)
         return torch.where(torch.isin(chunks, self.chosen), 8.0, -8.0).to(logits)
 
@@ -185,7 +187,7 @@ def ask(run: Run, model: LycheeMemory, bank, questions: list[str], gate: ChosenG
     assert sorted(read) == sorted(gate.chosen.tolist() * len(ids))
     assert all(len(answer) == model.memory.answer for answer in answers)
     # Its seconds are within those of reading.
-    run.results |= {"gate_seconds": loop.gate_seconds, "gated": loop.chunks_gated}
+    run.results |= {"gate_seconds": loop.gate_seconds, "scored": gate.scored}
 
 
 def run_memagent(memory_tokens: int, text: str, questions: list[str]) -> Run:

@@ -231,6 +231,8 @@ class ReadingLoop:
     def _read(self, readings: list[Reading]) -> None:
         """One reading turn for each of `readings`, at the next chunk it wants."""
         chunks = [reading.wanted[0] for reading in readings]
+        # As large as the turn's own cache, and of no use once the notes change.
+        self.prepared = ((), None)
         written = self.reasoner.update(
             [reading.question for reading in readings],
             [reading.notes for reading in readings],

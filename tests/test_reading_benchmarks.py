@@ -43,7 +43,7 @@ def test_time_to_answer_rows(tiny):
         "full_context": reading.run_full_context(text, questions),
     }
     assert list(runs["ours"].seconds) == ["build", "read", "answer"]
-    assert runs["ours"].results["gated"] >= 3 * 8
+    assert runs["ours"].results["scored"] >= 3 * 8
     info = test_time_to_answer.summarise(LENGTH, NOTES, runs)
     assert (info["selected"], info["chunks"]) == (1, 8)
     assert set(info["ratio"]) == {"memagent", "full_context"}
