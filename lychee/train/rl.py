@@ -26,6 +26,7 @@ from lychee.data.episodes import EpisodeBatch, EpisodeSampler, split_book
 from lychee.data.needles import word_list
 from lychee.data.recall import RecallSampler
 from lychee.decoder import Decoder
+from lychee.errors import InputError
 from lychee.eval.metrics import score
 from lychee.lora import merge
 from lychee.memory_model import LycheeMemory
@@ -92,8 +93,18 @@ class Reinforcement(TrainingRun):
         self.generator.manual_seed(recipe.seed * 1009 + self.processes.rank)
 
     def new_sampler(self, books: list[list[int]], draw: random.Random) -> RecallSampler:
+        """A sampler over those parts of books that are longer than a chunk."""
+        size = self.model.memory.chunk
+        long_enough = [book for book in books if len(book) > size]
+        if not long_enough:
+            longest = max(map(len, books), default=0)
+            raise InputError(
+                f"books: expected {size + 1} tokens or more of one on each side of held_out, "
+                f"got {longest}"
+            )
         words = word_list(self.texts, self.tokenizer.encode)
-        return RecallSampler(self.tokenizer, self.model.reasoner.prompts, books, words, draw)
+        prompts = self.model.reasoner.prompts
+        return RecallSampler(self.tokenizer, prompts, long_enough, words, draw)
 
     def episodes(
         self, stage: ReinforcementStage, sampler: RecallSampler, split: str

@@ -231,6 +231,12 @@ def test_bad_recipes(tmp_path, change, message):
         ReinforcementRecipe.load(write_recipe(tmp_path, RECIPE.replace(*change)))
 
 
+def test_books_too_short_to_hold_a_part_out(tmp_path, start):
+    (tmp_path / "book.txt").write_text(book()[:1500])
+    with pytest.raises(InputError, match="books: expected 65 tokens or more of one on each side"):
+        new_run(tmp_path, tmp_path, start)
+
+
 def test_command(tmp_path, books, start):
     recipe = str(write_recipe(tmp_path, RECIPE.replace("steps = 4", "steps = 1")))
     command = ["train", "rl", recipe, "--out", str(tmp_path / "run"), "--books", str(books)]
