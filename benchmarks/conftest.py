@@ -64,6 +64,11 @@ def pytest_terminal_summary(terminalreporter, config):
         for line in [*table.aligned(rows), *remarks]:
             terminalreporter.write_line(line)
         parts += ["", title, "", *table.aligned(rows, markdown=True), "", *remarks]
+    if notes := [info["note"] for info in every if "note" in info]:
+        terminalreporter.section("banks on disk")
+        for line in notes:
+            terminalreporter.write_line(line)
+        parts += ["", "banks on disk", "", *(f"- {line}" for line in notes)]
     if parts and (path := config.getoption("--table")):
         path.write_text("\n".join([*header, "", *parts]) + "\n")
 

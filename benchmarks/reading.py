@@ -21,6 +21,7 @@ from lychee.config import MemoryConfig, ModelConfig
 from lychee.decoder import Decoder
 from lychee.gate import Gate, GateConfig
 from lychee.memory_model import SHIPPED_MODEL, LycheeMemory
+from lychee.reading import ReadingLoop
 from lychee.tokenizer import TextTokenizer
 
 CUDA = torch.cuda.is_available()
@@ -49,7 +50,6 @@ QWEN_7B = {
 CHUNK, WINDOW, RATIO = 4096, 2048, 4
 QUESTION, ANSWER = 30, 128
 SELECTED = 0.1  # share of the chunks that the gate lets through, at least one
-GATE_ROWS = 32  # pairs of question and chunk that the gate scores in one pass
 MEMORY_TOKENS = (256, 512, 1024)
 LENGTHS = (
     tuple(1024 * k for k in (7, 14, 28, 56, 112, 224, 448, 896, 1750))
@@ -162,8 +162,8 @@ class ChosenGate(Gate):
 
     def score(self, prompts, rows, pages):
         logits = super().score(prompts, rows, pages)
-        chunks = pages.table[:, 0] // (CHUNK // RATIO // PAGE_TOKENS)
         self.scored += len(logits)
+        chunks = pages.table[:, 0] // (CHUNK // RATIO // PAGE_TOKENS)
         return torch.where(torch.isin(chunks, self.chosen), 8.0, -8.0).to(logits)
 
 
@@ -177,34 +177,17 @@ def run_ours(memory_tokens: int, text: str, questions: list[str]) -> Run:
 
 
 def ask(run: Run, model: LycheeMemory, bank, questions: list[str], gate: ChosenGate) -> None:
-    """The reading loop in its parts: gate what is ahead, read the first chunk let through."""
-    reasoner = model.reasoner
+    """Notes by the product's own loop, then the answers."""
     ids = [model.encode_question(question) for question in questions]
-    notes = [list(reasoner.prompts.no_memory) for _ in ids]
-    slots, start = model.memory.slots, 0
-    while start < len(bank):
-        pairs = zip(ids, notes, strict=True)
-        prompts = [reasoner.prompts.update.render(*pair) for pair in pairs]
-        with run.part("gate"), torch.inference_mode():
-            prepared = gate.prepare(prompts, slots)
-            found = None
-            share = max(1, GATE_ROWS // len(ids))
-            while found is None and start < len(bank):
-                block = range(start, min(start + share, len(bank)))
-                rows = [(row, chunk) for row in range(len(ids)) for chunk in block]
-                pages = bank.page_table([[chunk] for _, chunk in rows])
-                places = torch.tensor([row for row, _ in rows], device=pages.table.device)
-                passed = gate.score(prepared, places, pages).unflatten(0, (len(ids), -1)) > 0
-                first = passed.any(dim=0).nonzero()
-                found = start + int(first[0]) if len(first) else None
-                start = block.stop if found is None else found
-        if found is not None:
-            with run.part("read"):
-                notes = reasoner.update(ids, notes, bank.page_table([[found]] * len(ids)))
-            start = found + 1
+    loop, read = ReadingLoop(model.reasoner, bank, gate=gate), []
+    with run.part("read"):
+        notes = loop.run(ids, lambda event: read.append(event.chunk) if event.read else None)
     with run.part("answer"):
-        answers = reasoner.answer(ids, notes)
+        answers = model.reasoner.answer(ids, notes)
+    assert sorted(read) == sorted(gate.chosen.tolist() * len(ids))
     assert all(len(answer) == model.memory.answer for answer in answers)
+    # Its seconds are within those of reading.
+    run.results |= {"gate_seconds": loop.gate_seconds, "scored": gate.scored}
 
 
 def run_memagent(memory_tokens: int, text: str, questions: list[str]) -> Run:

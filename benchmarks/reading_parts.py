@@ -65,9 +65,10 @@ class Parts:
             gate.score(prepared, rows, bank.page_table([[0]] * pairs))
 
         with torch.inference_mode():
-            gate_start = seconds(lambda: gate.prepare(first, CHUNK // RATIO))
-            gate_prompt = seconds(lambda: gate.prepare(turns, CHUNK // RATIO))
-            prepared = gate.prepare(turns, CHUNK // RATIO)
+            empty, full = ([ids] * batch for ids in (prompts.no_memory, notes))
+            gate_start = seconds(lambda: gate.prepare(first, empty, CHUNK // RATIO))
+            gate_prompt = seconds(lambda: gate.prepare(turns, full, CHUNK // RATIO))
+            prepared = gate.prepare(turns, full, CHUNK // RATIO)
             return cls(
                 build=build,
                 gate_start=gate_start,

@@ -13,21 +13,15 @@ import gc
 import json
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from reading import (
-    CUDA,
-    GATE_ROWS,
-    ChosenGate,
-    make_model,
-    make_questions,
-    make_text,
-    run_full_context,
-)
+from reading import CUDA, ChosenGate, make_model, make_questions, make_text, run_full_context
 
 from lychee.bank import BankBuilder, Document, MemoryBank
 from lychee.baselines.memagent import MemAgent
+from lychee.reading import ReadingLoop
 
 BATCH = 8
 METHODS = ("ours", "ours_int8", "ours_disk", "memagent", "full_context")
@@ -54,21 +48,13 @@ def peak() -> float:
 
 
 def ask_once(model, bank, questions: list[str]) -> None:
-    """The gate over all chunks under full notes, one reading turn, the final turn."""
+    """Gate, read the last chunk and answer, with notes that are full from the start."""
+    full = model.tokenizer.encode(make_text(model.memory.size))
+    reasoner = model.reasoner
+    reasoner.prompts = replace(reasoner.prompts, no_memory=full)
     ids = [model.encode_question(question) for question in questions]
-    notes = [model.tokenizer.encode(make_text(model.memory.size))] * len(ids)
-    prompts = [model.reasoner.prompts.update.render(question, notes[0]) for question in ids]
-    gate = ChosenGate(model.decoder, [0])
-    with torch.inference_mode():
-        prepared = gate.prepare(prompts, model.memory.slots)
-        pairs = [(row, chunk) for chunk in range(len(bank)) for row in range(len(ids))]
-        for start in range(0, len(pairs), GATE_ROWS):
-            rows, chunks = zip(*pairs[start : start + GATE_ROWS], strict=True)
-            pages = bank.page_table([[chunk] for chunk in chunks])
-            gate.score(prepared, torch.tensor(rows, device=model.decoder.device), pages)
-    del prepared, pages
-    notes = model.reasoner.update(ids, notes, bank.page_table([[len(bank) - 1]] * len(ids)))
-    model.reasoner.answer(ids, notes)
+    gate = ChosenGate(model.decoder, [len(bank) - 1])
+    reasoner.answer(ids, ReadingLoop(reasoner, bank, gate=gate).run(ids))
 
 
 def run_ours(model, text: str, questions: list[str], variant: str) -> int:

@@ -9,12 +9,14 @@ import sys
 from pathlib import Path
 
 import machine
-from reading import GATE_ROWS, chosen_chunks, count_chunks
+from reading import QUESTION, chosen_chunks, count_chunks
 from reading_parts import TOGETHER, Parts
 
 from lychee.baselines.memagent import SECTION_TOKENS
+from lychee.reading import FIRST_WINDOW, MAX_GATE_TOKENS
 
 LENGTH, MEMORY_TOKENS, BATCH = 128 * 1024, 1024, 8
+PROMPT = 100 + QUESTION  # tokens of a reading turn's prompt besides the notes
 
 
 def measure(batch: int, backend: str = "auto") -> Parts:
@@ -31,12 +33,17 @@ def measure(batch: int, backend: str = "auto") -> Parts:
 
 
 def scored_pairs(questions: int) -> int:
-    """Pairs that the gate scores: it looks ahead in blocks, again after every chunk read."""
-    chunks, share, pairs, start = count_chunks(LENGTH), max(1, GATE_ROWS // questions), 0, 0
-    for chosen in [*chosen_chunks(LENGTH), chunks]:
+    """Pairs that the gate scores: as far ahead as its memory allows, again after each chunk read.
+
+    Empty notes leave room for the whole window, full ones for `ahead` chunks of each question.
+    """
+    chunks, pairs, start = count_chunks(LENGTH), 0, 0
+    ahead = min(FIRST_WINDOW, max(1, MAX_GATE_TOKENS // (2 * MEMORY_TOKENS + PROMPT) // questions))
+    for place, chosen in enumerate([*chosen_chunks(LENGTH), chunks]):
+        step = ahead if place else FIRST_WINDOW
         while start <= min(chosen, chunks - 1):
-            pairs += min(share, chunks - start)
-            start += share
+            pairs += min(step, chunks - start)
+            start += step
         start = chosen + 1
     return pairs * questions
 

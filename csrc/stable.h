@@ -5,6 +5,7 @@
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <cstdint>
 #include <cstdlib>
@@ -42,8 +43,8 @@ inline torch::stable::Tensor empty_dense(const std::vector<int64_t>& sizes,
   }
   const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(ndim, sizes.data(), strides.data(), type,
-                                                         device_type, device_index, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(ndim, sizes.data(), strides.data(), type,
+                                                  device_type, device_index, &handle));
   return torch::stable::Tensor(handle);
 }
 
@@ -65,7 +66,7 @@ inline void* current_cuda_stream(int32_t device_index) {
     throw std::runtime_error("lychee_kernels: torch: expected a build with CUDA, got one without");
   }
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream));
   return stream;
 }
 

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from lychee.errors import LycheeError
     from lychee.generate import Sampling
     from lychee.memory_model import LycheeMemory
+    from lychee.reading import ReadingOptions
     from lychee.trace import Answer, Source, Step, Usage
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "LycheeError",
     "LycheeMemory",
     "MemoryBank",
+    "ReadingOptions",
     "Sampling",
     "Source",
     "Step",
@@ -26,6 +28,7 @@ HOMES = {
     "LycheeError": "errors",
     "LycheeMemory": "memory_model",
     "MemoryBank": "bank",
+    "ReadingOptions": "reading",
     "Sampling": "generate",
 }
 

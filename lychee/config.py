@@ -185,7 +185,7 @@ class MemoryConfig:
 
     Names without prefix; in config.json each stands as `lychee_memory_<name>`, as the released
     checkpoints have it (window, ratio, param, embed_init), next to this project's own (chunk,
-    size, answer, question, templates, cut).
+    size, answer, question, passes, templates, cut).
     """
 
     window: int = 1024
@@ -196,6 +196,7 @@ class MemoryConfig:
     size: int = 1024
     answer: int = 128
     question: int = 1024
+    passes: int = 1
     cut: str = "tokens"
     templates: dict[str, str] = field(default_factory=dict)
 
@@ -222,7 +223,7 @@ class MemoryConfig:
             raise MemoryConfigError(
                 f"lychee_memory_cut: expected tokens or sentence, got {self.cut!r}"
             )
-        for name in ("size", "answer", "question"):
+        for name in ("size", "answer", "question", "passes"):
             if getattr(self, name) < 1:
                 raise MemoryConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
 
@@ -250,7 +251,8 @@ class MemoryConfig:
                 f"config: lychee_memory_stride: expected the window {window}, got {stride}"
             )
         values: dict[str, Any] = {"window": window, "chunk": window}
-        for name in ("chunk", "embed_init", "size", "answer", "question", "cut", "templates"):
+        named = ("chunk", "embed_init", "size", "answer", "question", "passes", "cut", "templates")
+        for name in named:
             if f"lychee_memory_{name}" in raw:
                 values[name] = raw[f"lychee_memory_{name}"]
         ratio = raw.get("lychee_memory_ratio", 4)

@@ -2,10 +2,13 @@
 """The Gate: which chunks are worth reading for a question, given the working memory.
 
 It reads [chunk memory; update prompt; notes] with the decoder and low-rank adapters of its own, as
-if the notes were to be written again unchanged, and a linear head gives one logit. Two things keep
-it far cheaper than a reading turn: only the last few positions (the tail) look into the chunk and
-are adapted, so that everything before them is computed once for all chunks; and it may use only the
-first layers.
+if the notes were to be written again unchanged. A linear head sees, at each position that a token
+of the notes follows, the activations and how strongly that token is expected: where a chunk tells
+something new, it is not. The log-sum-exp over these positions is the logit.
+
+Two things keep the gate far cheaper than a reading turn: only the last few positions (the tail)
+look into the chunk and are adapted, so that everything before them is computed once for all chunks;
+and it may use only the first layers. There is no vocabulary projection.
 """
 
 from __future__ import annotations
@@ -22,6 +25,11 @@ from lychee.decoder import Decoder, Layer, Pages, linear_into, rotate
 from lychee.errors import MemoryConfigError
 from lychee.generate import PromptBatch
 from lychee.lora import LoraLinear, LowRank
+
+# Tokens of prompts in one pass over several questions, which bounds its activations.
+PASS_TOKENS = 4096
+# Of the head's inputs, so that one learning rate suits the head and the adapters.
+HEAD_SCALE = 4.0
 
 
 @dataclass(frozen=True)
@@ -150,10 +158,33 @@ class Gate(nn.Module):
         rows = [prompt + draft for prompt, draft in zip(prompts, notes, strict=True)]
         batch = PromptBatch.build(rows, first_position, 0, decoder.device)
         batch = widen(batch, tail + 1)
-        before = batch.ids.shape[1] - tail
-        cos, sin = decoder.rope_tables(first_position + batch.ids.shape[1])
+        width = batch.ids.shape[1]
+        cos, sin = decoder.rope_tables(first_position + width)
         cos, sin = cos[batch.positions][:, None], sin[batch.positions][:, None]
-        x, valid = decoder.model.embed_tokens(batch.ids), batch.valid
+        size = max(1, PASS_TOKENS // width)
+        pieces = zip(*(t.split(size) for t in (batch.ids, cos, sin)), strict=True)
+        valid = [None] * len(rows) if batch.valid is None else batch.valid.split(size)
+        passes = [self._pass(*piece, mask) for piece, mask in zip(pieces, valid, strict=False)]
+        tails, keys, values = zip(*passes, strict=True)
+        following = F.pad(batch.ids[:, width - tail + 1 :], (0, 1), value=end)
+        first = torch.tensor([[tail - len(draft) - 1] for draft in notes], device=cos.device)
+        return GatePrompts(
+            torch.cat(tails),
+            decoder.lm_head.weight[following],
+            torch.arange(tail, device=cos.device) >= first,
+            join_layers(keys),
+            join_layers(values),
+            cos[:, :, width - tail :],
+            sin[:, :, width - tail :],
+            batch.valid,
+        )
+
+    def _pass(
+        self, ids: Tensor, cos: Tensor, sin: Tensor, valid: Tensor | None
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Activations of the tail, keys and values before it, of prompts ids [R, T]."""
+        decoder, before = self.decoder, ids.shape[1] - self.config.tail
+        x = decoder.model.embed_tokens(ids)
         tail_x, keys, values = x, [], []
         for index, layer in enumerate(decoder.model.layers[: self.config.layers]):
             linears, turns = own_linears(layer), (cos[:, :, : x.shape[1]], sin[:, :, : x.shape[1]])
@@ -165,20 +196,9 @@ class Gate(nn.Module):
             if index < self.config.layers - 1:
                 x = close(layer, linears, x, lk.memory_attention(q, k, v, valid=valid)[0])
             if index == 0:
-                x, tail_x = x.split((before, tail), dim=1)
+                x, tail_x = x.split((before, self.config.tail), dim=1)
                 valid = None if valid is None else valid[:, :before].contiguous()
-        following = F.pad(batch.ids[:, before + 1 :], (0, 1), value=end)
-        first = torch.tensor([[tail - len(draft) - 1] for draft in notes], device=x.device)
-        return GatePrompts(
-            tail_x,
-            decoder.lm_head.weight[following],
-            torch.arange(tail, device=x.device) >= first,
-            keys,
-            values,
-            cos[:, :, before:],
-            sin[:, :, before:],
-            batch.valid,
-        )
+        return tail_x, keys, values
 
     def score(self, prompts: GatePrompts, rows: Tensor | None, pages: Pages) -> Tensor:
         """Logits [N] of N pairs of a prompt and a chunk.
@@ -214,9 +234,16 @@ class Gate(nn.Module):
             out, _ = lk.memory_attention(q, k, v, valid=valid, **pages.attention_arguments(index))
             x = close(layer, linears, x, out)
         expected = self.decoder.model.norm(x) * spread(prompts.following)
-        x = F.rms_norm(x.float(), x.shape[-1:])
+        x = HEAD_SCALE * F.rms_norm(x.float(), x.shape[-1:])
         scores = self.head(torch.cat((x, expected.float().sum(-1, keepdim=True)), dim=-1))[..., 0]
         return scores.masked_fill(~spread(prompts.counts), float("-inf")).logsumexp(dim=1)
+
+
+def join_layers(pieces: Sequence[list[Tensor]]) -> list[Tensor]:
+    """Per layer the rows of all pieces, whose lists are emptied so that nothing stands twice."""
+    if len(pieces) == 1:
+        return pieces[0]
+    return [torch.cat([piece.pop(0) for piece in pieces]) for _ in range(len(pieces[0]))]
 
 
 def own_linears(layer: Layer) -> dict[str, nn.Module]:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -13,31 +12,41 @@ from threading import Thread
 
 import torch
 
+from lychee.asking import Asking, OnStep
 from lychee.bank import Document, MemoryBank, ModelIdentity
 from lychee.bank.identity import identify
 from lychee.compressor import Compressor
 from lychee.config import MemoryConfig, ModelConfig
 from lychee.documents import read_documents
 from lychee.errors import CheckpointError, InputError, MemoryConfigError
+from lychee.gate import Gate
+from lychee.gate_file import gate_fields, load_gate, save_gate, without_gate
 from lychee.generate import GREEDY, Sampling
 from lychee.prompts import ReadingPrompts
+from lychee.reading import AS_CONFIGURED, ReadingOptions
 from lychee.reasoner import Reasoner
 from lychee.tokenizer import TextTokenizer
-from lychee.trace import Answer, Source, Step, Usage
+from lychee.trace import Answer, Step
 from lychee.weights import load_decoder, read_config, save_decoder
 
 SHIPPED_MODEL = Path(__file__).parent / "assets" / "model"
 
 Progress = Callable[[int, int], None]
-OnStep = Callable[[int, Step], None]
 
 
 class LycheeMemory:
-    """A decoder with its compressor and reasoner."""
+    """A decoder with its compressor and reasoner, and a gate where it has one."""
 
-    def __init__(self, decoder, tokenizer: TextTokenizer, raw_config: dict, memory: MemoryConfig):
+    def __init__(
+        self,
+        decoder,
+        tokenizer: TextTokenizer,
+        raw_config: dict,
+        memory: MemoryConfig,
+        gate: Gate | None = None,
+    ):
         self.decoder, self.tokenizer = decoder, tokenizer
-        self.raw_config, self.memory = raw_config, memory
+        self.raw_config, self.memory, self.gate = without_gate(raw_config), memory, gate
         self.trained, self.compressor = True, Compressor(decoder)
         ends = decoder.config.eos_token_ids
         prompts = ReadingPrompts.of_checkpoint(tokenizer, memory.templates, ends)
@@ -84,7 +93,7 @@ class LycheeMemory:
         decoder, trained = load_decoder(
             folder, raw, memory, device=device, dtype=pick_dtype(dtype, raw, device)
         )
-        model = cls(decoder, tokenizer, raw, memory)
+        model = cls(decoder, tokenizer, raw, memory, load_gate(folder, raw, decoder))
         model.trained = trained
         return model
 
@@ -93,7 +102,10 @@ class LycheeMemory:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         raw = self.raw_config | self.memory.to_dict()
+        if self.gate is not None:
+            raw |= gate_fields(self.gate.config)
         save_decoder(folder, self.decoder, raw, dtype or self.decoder.dtype)
+        save_gate(folder, self.gate)
         self.tokenizer.save(folder)
 
     @cached_property
@@ -133,10 +145,12 @@ class LycheeMemory:
         question: str,
         *,
         sampling: Sampling = GREEDY,
+        reading: ReadingOptions = AS_CONFIGURED,
         on_step: OnStep | None = None,
     ) -> Answer:
         """Answer one question from a bank; see `ask_many`."""
-        return self.ask_many(bank, [question], sampling=sampling, on_step=on_step)[0]
+        options = {"sampling": sampling, "reading": reading, "on_step": on_step}
+        return self.ask_many(bank, [question], **options)[0]
 
     def ask_many(
         self,
@@ -144,16 +158,18 @@ class LycheeMemory:
         questions: Sequence[str],
         *,
         sampling: Sampling = GREEDY,
+        reading: ReadingOptions = AS_CONFIGURED,
         on_step: OnStep | None = None,
         on_token: Callable[[int, str], None] | None = None,
     ) -> list[Answer]:
-        """Answer questions from a bank, all of them in one pass over it.
+        """Answer questions from a bank, all of them in one go.
 
         Args:
             bank: what `remember` returned, made with this model at this ratio.
             questions: non-empty texts.
             sampling: greedy by default.
-            on_step: called with (question index, step) after every chunk.
+            reading: which chunks are read, and how often; by default as the model says.
+            on_step: called with (question index, step) for every chunk gated or read.
             on_token: called with (question index, text) as the answers are written.
 
         Raises:
@@ -161,50 +177,17 @@ class LycheeMemory:
             BankMismatchError: a bank of another model or geometry.
         """
         bank.check_model(self)
-        ids = [self.encode_question(question) for question in questions]
-        traces: list[list[Step]] = [[] for _ in questions]
-
-        def on_read(index: int, chunk: int, notes: list[int], changed: bool) -> None:
-            piece = bank.chunks[chunk]
-            name = bank.documents[piece.document].name
-            text = self.tokenizer.decode(notes).strip()
-            step = Step(chunk, name, piece.start, piece.stop, text, changed)
-            traces[index].append(step)
-            if on_step is not None:
-                on_step(index, step)
-
-        started = time.perf_counter()
-        notes = self.reasoner.read(bank, ids, sampling=sampling, on_read=on_read)
-        read = time.perf_counter()
-        write = None
-        if on_token is not None:
-            write = lambda index, token: on_token(index, self.tokenizer.decode([token]))  # noqa: E731
-        answers = self.reasoner.answer(ids, notes, sampling, write)
-        finished = time.perf_counter()
-        usage = Usage(
-            bank.tokens,
-            bank.memory_tokens,
-            bank.nbytes,
-            len(bank),
-            len(bank),
-            read - started,
-            finished - read,
-        )
-        return [
-            Answer(
-                question,
-                self.tokenizer.decode(answer).strip(),
-                [source_of(bank, step) for step in trace if step.changed],
-                trace,
-                usage,
-            )
-            for question, answer, trace in zip(questions, answers, traces, strict=True)
-        ]
+        return Asking(self, bank, reading, sampling, on_step).run(questions, on_token)
 
     def stream(
-        self, bank: MemoryBank, question: str, *, sampling: Sampling = GREEDY
+        self,
+        bank: MemoryBank,
+        question: str,
+        *,
+        sampling: Sampling = GREEDY,
+        reading: ReadingOptions = AS_CONFIGURED,
     ) -> Iterator[Step | str | Answer]:
-        """Yield a Step per chunk read, pieces of the answer's text, and the Answer at the end."""
+        """Yield a Step per chunk gated or read, pieces of the answer, and the Answer at the end."""
         events: SimpleQueue = SimpleQueue()
 
         def work() -> None:
@@ -213,6 +196,7 @@ class LycheeMemory:
                     bank,
                     [question],
                     sampling=sampling,
+                    reading=reading,
                     on_step=lambda _, step: events.put(step),
                     on_token=lambda _, text: events.put(text),
                 )
@@ -241,10 +225,6 @@ class LycheeMemory:
                 f"question: expected at most {self.memory.question} tokens, got {len(ids)}"
             )
         return ids
-
-
-def source_of(bank: MemoryBank, step: Step) -> Source:
-    return Source(step.document, step.start, step.stop, bank.text(step.chunk))
 
 
 def pick_device(device: str | torch.device) -> torch.device:

@@ -74,6 +74,21 @@ class PromptTemplate:
             ids += values[name]
         return ids + self.tail
 
+    def split(self, ids: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Question and working memory of a rendered prompt, as long as neither contains the ids
+        that stand between them."""
+        (first, before), (second, between) = self.sections
+        if not between:
+            raise MemoryConfigError(
+                "prompt template: expected text between {question} and {memory}, got none"
+            )
+        start = len(before)
+        places = range(start, len(ids) - len(between) + 1)
+        end = next(p for p in places if list(ids[p : p + len(between)]) == between)
+        behind = list(ids[end + len(between) : len(ids) - len(self.tail)])
+        values = {first: list(ids[start:end]), second: behind}
+        return values["question"], values["memory"]
+
     def __len__(self) -> int:
         return sum(len(ids) for _, ids in self.sections) + len(self.tail)
 

@@ -51,8 +51,13 @@ class ReadingOptions:
         # Not-a-number fails every comparison.
         if self.threshold is not None and not 0 <= self.threshold <= 1:
             raise InputError(f"threshold: expected 0 to 1, got {self.threshold}")
+        if self.threshold is not None and not self.gate:
+            raise InputError(f"threshold: expected none without the gate, got {self.threshold}")
         if self.passes is not None and self.passes < 1:
             raise InputError(f"passes: expected at least 1, got {self.passes}")
+
+
+AS_CONFIGURED = ReadingOptions()
 
 
 @dataclass(frozen=True)
@@ -102,8 +107,9 @@ class ReadingLoop:
     """Reads one bank for several questions at once.
 
     Attributes:
-        chunks_gated: verdicts of the gate, those asked again included.
-        gate_seconds: time they took.
+        threshold: of the gate, None without one.
+        chunks_gated: verdicts of the gate for each question, those asked again included.
+        gate_seconds: time they all took.
     """
 
     def __init__(
@@ -119,18 +125,18 @@ class ReadingLoop:
         """`threshold` None is the gate's own; see `ReadingOptions` for it and for `passes`."""
         self.reasoner, self.bank, self.gate = reasoner, bank, gate
         self.passes, self.sampling = passes, sampling
-        if gate is not None:
-            self.threshold = gate.config.threshold if threshold is None else threshold
+        self.threshold = gate and (gate.config.threshold if threshold is None else threshold)
         # Drawn notes cannot be foreseen, nor those whose positions depend on the batch.
         self.foresees = sampling.greedy and not reasoner.padded_positions
         self.prepared = ((), None)
-        self.chunks_gated, self.gate_seconds = 0, 0.0
+        self.gate_seconds = 0.0
 
     def run(
         self, questions: Sequence[Sequence[int]], on_event: Callable[[Event], None] | None = None
     ) -> list[list[int]]:
         """Notes of every question, given as token ids; events come in each question's order."""
         self.report = on_event or (lambda _: None)
+        self.chunks_gated = [0] * len(questions)
         start = self.reasoner.prompts.no_memory
         readings = [Reading(i, question, list(start)) for i, question in enumerate(questions)]
         for reading in readings:
@@ -191,7 +197,7 @@ class ReadingLoop:
                 readings[place].wanted.append(chunk)
         for reading in readings:
             reading.window *= 2
-        self.chunks_gated += len(rows)
+            self.chunks_gated[reading.index] += reading.horizon - reading.chunk
         self.gate_seconds += perf_counter() - started
 
     def _skip_unchanged(self, readings: list[Reading]) -> list[Reading]:
@@ -231,6 +237,8 @@ class ReadingLoop:
     def _read(self, readings: list[Reading]) -> None:
         """One reading turn for each of `readings`, at the next chunk it wants."""
         chunks = [reading.wanted[0] for reading in readings]
+        # As large as the turn's own cache, and of no use once the notes change.
+        self.prepared = ((), None)
         written = self.reasoner.update(
             [reading.question for reading in readings],
             [reading.notes for reading in readings],

@@ -37,7 +37,7 @@ FIELDS = {
         *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
         *("num_attention_heads", "num_key_value_heads", "max_position_embeddings"),
         *(f"lychee_memory_{name}" for name in ("window", "stride", "chunk", "size", "answer")),
-        "lychee_memory_question",
+        *("lychee_memory_question", "lychee_memory_passes"),
     ),
     NUMBER: ("rms_norm_eps", "rope_theta"),
     COUNTS: ("lychee_memory_ratio",),

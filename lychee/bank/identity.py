@@ -15,7 +15,7 @@ from torch import Tensor
 from lychee.config import MemoryConfig
 from lychee.decoder import Decoder
 from lychee.errors import BankMismatchError
-from lychee.weights import HEAD, open_safetensors, tensor_files
+from lychee.weights import HEAD, IGNORED, open_safetensors, tensor_files
 
 if TYPE_CHECKING:
     from lychee.memory_model import LycheeMemory
@@ -50,21 +50,21 @@ def identify(decoder: Decoder) -> ModelIdentity:
     settings = {k: v for k, v in asdict(config).items() if k not in IRRELEVANT}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     loaded = decoder.folder is not None and not any(p._version for p in decoder.parameters())
-    for name, tensor in stored_tensors(decoder) if loaded else decoder.state_dict().items():
-        if name != HEAD:
+    tensors = stored_tensors(decoder) if loaded else sorted(decoder.state_dict().items())
+    for name, tensor in tensors:
+        if name != HEAD and not IGNORED.fullmatch(name):
             digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
             digest.update(sample(tensor))
     name = f"{config.model_type}, {config.num_hidden_layers} layers of {config.hidden_size}"
-    return ModelIdentity(decoder.folder.name if loaded else name, digest.hexdigest())
+    return ModelIdentity(decoder.folder.resolve().name if loaded else name, digest.hexdigest())
 
 
 def stored_tensors(decoder: Decoder) -> Iterable[tuple[str, Tensor]]:
-    """What is stored of the decoder's parameters, in their order, mapped from the files."""
+    """The tensors of the decoder's folder in the order of their names, mapped, not read."""
     files = tensor_files(decoder.folder)
-    opened = {path: open_safetensors(path) for path in sorted(set(files.values()))}
-    for name in decoder.state_dict():
-        if name in files:
-            yield name, opened[files[name]].get_tensor(name)
+    opened = {path: open_safetensors(path) for path in set(files.values())}
+    for name in sorted(files):
+        yield name, opened[files[name]].get_tensor(name)
 
 
 def sample(tensor: Tensor) -> bytes:

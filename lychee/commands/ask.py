@@ -54,6 +54,19 @@ def ask(
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, max=MOST_NEW_TOKENS, help="Longest answer in tokens.")
     ] = None,
+    gate_threshold: Annotated[
+        float | None,
+        typer.Option(help="Least gate probability, 0 to 1, of a chunk to read; else the model's."),
+    ] = None,
+    no_gate: Annotated[
+        bool, typer.Option("--no-gate", help="Read every chunk, as without a gate.")
+    ] = False,
+    passes: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Times to go over the text, while notes change; else the model's."
+        ),
+    ] = None,
     trace: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write what 'lychee trace' shows.")
     ] = None,
@@ -72,9 +85,11 @@ def ask(
     load_libraries()
     check_bank_dtype(bank_dtype)
     from lychee.generate import Sampling
+    from lychee.reading import ReadingOptions
     from lychee.trace_file import check_writable, trace_of, write_text
 
     sampling = Sampling(temperature, top_k, top_p, seed)
+    reading = ReadingOptions(not no_gate, gate_threshold, passes)
     if trace is not None:
         check_writable(trace)
     memory_model, bank, seconds = prepare(
@@ -86,6 +101,7 @@ def ask(
             bank,
             questions,
             sampling=sampling,
+            reading=reading,
             on_step=reporter(events, display, len(bank), len(questions)),
             on_token=None if events is None else events.token,
         )

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,13 +17,14 @@ from lychee.commands.loading import load_libraries, load_model
 from lychee.errors import InputError
 from lychee.progress import ProgressDisplay
 
-LENGTHS = [4096, 16384, 65536, 131072]
 MOST_TOKENS = 16_777_216
 WHOLE = "all"
 
 Lengths = Annotated[
     list[int] | None,
-    typer.Option("--length", min=64, max=MOST_TOKENS, metavar="N", help="Tokens; repeatable."),
+    typer.Option(
+        "--length", min=64, max=MOST_TOKENS, metavar="N", help="Tokens per text; repeatable."
+    ),
 ]
 Ratios = Annotated[
     list[int] | None, typer.Option("--ratio", metavar="N", help="Of ours; repeatable.")
@@ -39,8 +41,9 @@ def evaluate(
         str,
         typer.Argument(
             metavar="TASK",
-            help="needles, ruler or one of its tasks (niah_single_1, vt, ...), or a format of "
-            "files: ruler_hqa, hotpotqa, ruler_file, longbench, own. Several with commas.",
+            help="needles; ruler or one of its tasks (niah_single_1, vt, ...); multihop or one of "
+            "its tasks (hops_2, ...); or a format of files: ruler_hqa, hotpotqa, ruler_file, "
+            "longbench, own. Several with commas.",
         ),
     ],
     files: Annotated[
@@ -56,17 +59,25 @@ def evaluate(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of texts, facts and places.")] = 0,
     split: Annotated[
-        str, typer.Option(help="Of RULER's words and texts: train, validation, test, or all.")
+        str, typer.Option(help="Of names and texts: train, validation, test, or all.")
     ] = "test",
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="Difficulty of RULER's tasks: keys=8."),
+        typer.Option("--set", metavar="NAME=VALUE", help="Difficulty of a task: keys=8."),
     ] = None,
     method: Methods = None,
     ratio: Ratios = None,
     bank_dtype: Annotated[
         list[str] | None, typer.Option(metavar="TYPE", help="Of the bank: int8; repeatable.")
     ] = None,
+    gate_threshold: Annotated[
+        list[float] | None,
+        typer.Option(min=0, max=1, metavar="P", help="Else the model's; repeatable."),
+    ] = None,
+    no_gate: Annotated[
+        bool, typer.Option("--no-gate", help="Read every chunk; beside thresholds, as well.")
+    ] = False,
+    passes: Annotated[int | None, typer.Option(min=1, help="Times to go over a bank.")] = None,
     metric: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Else the task's; repeatable.")
     ] = None,
@@ -80,6 +91,7 @@ def evaluate(
 ) -> None:
     """Ask questions whose answers are known, and count the right ones."""
     load_libraries()
+    from lychee.data.task import SPLITS
     from lychee.eval import harness, metrics, tasks
     from lychee.eval import plots as drawing
     from lychee.eval.methods import check_methods
@@ -90,15 +102,20 @@ def evaluate(
         raise InputError("--plots: expected --out DIR to draw into, got none")
     if plots:
         drawing.load_matplotlib()
+    if split not in (splits := (*SPLITS, WHOLE)):
+        raise InputError(f"split: expected one of {', '.join(splits)}, got {split!r}")
     names, methods = tasks.task_names(task), method or ["ours"]
     check_methods(methods)
     metrics.check_metrics(metric or [])
     files, difficulty = tuple(files or ()), parse_settings(settings or [])
     request = tasks.Request(files, questions, seed, None if split == WHOLE else split, difficulty)
-    load = lambda at: load_model(model, at)  # noqa: E731
-    runs = harness.settings_of(methods, ratio or [None], bank_dtype or ["auto"])
+    load = lru_cache(maxsize=1)(lambda at: load_model(model, at))
+    gates = [str(threshold) for threshold in gate_threshold or ()] + ["off"] * no_gate
+    runs = harness.settings_of(
+        methods, ratio or [None], bank_dtype or ["auto"], gates or ["auto"], passes
+    )
     tokenizer = load(runs[0].ratio).tokenizer
-    cells = tasks.task_cells(names, length or LENGTHS, request, tokenizer)
+    cells = tasks.task_cells(names, length, request, tokenizer)
     shared = {
         "model": harness.fingerprint(model),
         "files": {file.name: digest_of(file) for file in files},
@@ -107,6 +124,7 @@ def evaluate(
         "split": split,
         "difficulty": difficulty,
         "metrics": metric,
+        "passes": passes,
     }
     records = RecordFile(out, shared)
     table = Table(

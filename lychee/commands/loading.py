@@ -63,7 +63,7 @@ def load_model(
     if max_new_tokens is None:
         return model
     memory = replace(model.memory, answer=max_new_tokens)
-    limited = LycheeMemory(model.decoder, model.tokenizer, model.raw_config, memory)
+    limited = LycheeMemory(model.decoder, model.tokenizer, model.raw_config, memory, model.gate)
     limited.trained = model.trained
     return limited
 

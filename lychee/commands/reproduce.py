@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated
 
@@ -76,7 +77,8 @@ def reproduce(
         field,
     )
     request = tasks.Request(tuple(books or ()), plan.questions, seed)
-    names, load = tasks.generated_names(task), lambda at: load_model(model, at)
+    names = tasks.generated_task(task)
+    load = lru_cache(maxsize=1)(lambda at: load_model(model, at))
     tokenizer = load(None).tokenizer
     shared = {
         "model": harness.fingerprint(model),

@@ -17,6 +17,10 @@ from torch import Tensor
 from lychee.data.needles import Needle
 from lychee.data.recall import RecallSampler
 from lychee.data.worlds import Fact, World, WorldQuestion
+from lychee.errors import InputError
+
+# Texts whose facts do not fit; more of them than this in one batch are no accident.
+MOST_FAILURES = 50
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,16 +84,23 @@ class EpisodeSampler:
         self.chunk, self.split, self.maker = chunk, split, sampler.makers[shape.single]
 
     def draw(self, texts: int) -> EpisodeBatch:
-        """`texts` texts, each with at least one question."""
+        """`texts` texts, each with at least one question; InputError if chunks are too short."""
         self.maker.numbers = self.shape.numbers
         chunks, questions = [], []
-        while len(chunks) < texts:
+        for _ in range(texts + MOST_FAILURES):
+            if len(chunks) == texts:
+                break
             about_world = self.random.random() < self.shape.worlds
             pieces, asked = self.world_text() if about_world else self.needle_text()
             encode = self.sampler.tokenizer.encode
             questions += [Question(len(chunks), encode(text), answer) for text, answer in asked]
             # A text whose facts did not fit into its chunks asks nothing and is drawn again.
             chunks += [pieces] if asked else []
+        if len(chunks) < texts:
+            raise InputError(
+                f"chunk: expected room for {self.shape.facts[0]} facts and more, "
+                f"got {self.chunk} tokens"
+            )
         return EpisodeBatch(torch.tensor(chunks), questions)
 
     def needle_text(self) -> tuple[list[list[int]], list[tuple[str, str]]]:

@@ -67,7 +67,7 @@ class Filler:
                 "filler: expected text of the split, got none", "give more or longer books"
             )
         self.pieces, self.separator = pieces, separator
-        self.count = lru_cache(maxsize=1 << 16)(count)
+        self.count = lru_cache(maxsize=1 << 13)(count)
 
     @classmethod
     def of_books(cls, texts: Iterable[str], count: Count, split: str | None = None) -> Filler:

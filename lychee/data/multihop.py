@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from lychee.data.filler import Count, Filler, plant
@@ -28,6 +28,37 @@ TASKS = {
 QUESTIONS_PER_WORLD = 8
 
 
+@dataclass(frozen=True)
+class Setting:
+    """Difficulty of a task.
+
+    Attributes:
+        distractors: facts that no question needs, per question.
+        surnames: share of people with two names, which others may share.
+    """
+
+    distractors: int = 2
+    surnames: float = 0.2
+
+
+def setting_of(task: str, difficulty: dict[str, Any]) -> Setting:
+    """The settings of a task with `difficulty` in place; InputError where they do not fit."""
+    if task not in TASKS:
+        raise InputError(f"task: expected one of {', '.join(TASKS)}, got {task!r}")
+    known = [item.name for item in fields(Setting)]
+    for name, value in difficulty.items():
+        if name not in known:
+            raise InputError(f"{task}: expected settings of {', '.join(known)}, got {name!r}")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+            raise InputError(f"{task}: {name}: expected a number from 0 on, got {value!r}")
+    setting = replace(Setting(), **difficulty)
+    if setting.distractors != int(setting.distractors):
+        raise InputError(f"{task}: distractors: expected a whole number, got {setting.distractors}")
+    if setting.surnames > 1:
+        raise InputError(f"{task}: surnames: expected a share up to 1, got {setting.surnames}")
+    return setting
+
+
 @dataclass
 class MultiHopMaker:
     """Makes samples; the same arguments give the same samples.
@@ -37,7 +68,6 @@ class MultiHopMaker:
         count: tokens of a text.
         books: texts for the filler; generated sentences where there are none.
         split: train, validation or test: names and filler that no other split has.
-        distractors: facts that no question needs, per question.
     """
 
     words: Sequence[str]
@@ -45,7 +75,6 @@ class MultiHopMaker:
     books: Sequence[str] = ()
     split: str = "test"
     seed: int = 0
-    distractors: int = 2
     filler: Filler | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -61,18 +90,12 @@ class MultiHopMaker:
     ) -> list[TaskSample]:
         """`questions` about text number `index` of at most `tokens` tokens; they share it.
 
-        `difficulty`: `distractors` in place of the maker's own. Fewer than `questions` where the
-        text does not hold so many.
+        `difficulty`: fields of `Setting`. Fewer than `questions` where the text does not hold so
+        many.
         """
-        if task not in TASKS:
-            raise InputError(f"task: expected one of {', '.join(TASKS)}, got {task!r}")
-        for name in difficulty.keys() - {"distractors"}:
-            raise InputError(f"{task}: expected the setting distractors, got {name!r}")
-        distractors = difficulty.get("distractors", self.distractors)
-        if not isinstance(distractors, int) or distractors < 0:
-            raise InputError(f"{task}: distractors: expected a number, got {distractors!r}")
+        setting = setting_of(task, difficulty)
         draw = random.Random(f"{self.seed}/{self.split}/{task}/{tokens}/{index}")
-        asked, told, room = self._world(task, tokens, distractors, draw)
+        asked, told, room = self._world(task, tokens, setting, draw)
         if not asked:
             raise InputError(f"{task}: expected a longer text, got {tokens} tokens")
         order = draw.sample(told, len(told))
@@ -80,7 +103,7 @@ class MultiHopMaker:
         where = dict(zip(order, spans, strict=True))
         kind, hops = TASKS[task]
         details = {"tokens": tokens, "index": index, "split": self.split}
-        details |= {"kind": kind, "hops": hops, "distractors": distractors}
+        details |= {"kind": kind, "hops": hops} | asdict(setting)
         return [
             TaskSample(
                 task,
@@ -95,18 +118,18 @@ class MultiHopMaker:
         ]
 
     def _world(
-        self, task: str, tokens: int, distractors: int, draw: random.Random
+        self, task: str, tokens: int, setting: Setting, draw: random.Random
     ) -> tuple[list[WorldQuestion], list[str], int]:
         """Questions, all statements of their world, and the tokens left for filler."""
         kind, hops = TASKS[task]
-        world = World(self.words, draw, self.split)
+        world = World(self.words, draw, self.split, surnames=setting.surnames)
         asked: list[WorldQuestion] = []
         told: list[str] = []
         room = tokens
         for _ in range(QUESTIONS_PER_WORLD):
             question = world.comparison() if kind == "comparison" else world.bridge(hops)
-            facts = [*question.facts, *(world.distractor(question) for _ in range(distractors))]
-            statements = [fact.statement for fact in facts]
+            others = [world.distractor(question) for _ in range(int(setting.distractors))]
+            statements = [fact.statement for fact in (*question.facts, *others)]
             size = sum(self.count(" " + statement) for statement in statements)
             if size > room:
                 break

@@ -7,13 +7,12 @@ names the file, the line or record, the field and what was expected; nothing is 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
+from lychee.data.hotpotqa import hotpotqa
+from lychee.data.json_records import Record, read_records
 from lychee.data.task import Span, TaskSample
-from lychee.documents import read_file
 from lychee.errors import InputError
 from lychee.eval.metrics import METRICS
 
@@ -28,54 +27,6 @@ LONGBENCH_METRICS = dict.fromkeys(
     "samsum": "rouge_l_first_line",
 }
 SUMMARISE = "Write a one-page summary of the text."
-
-
-class Record:
-    """One record with its place; its getters raise InputError naming the field."""
-
-    def __init__(self, fields: Any, place: str):
-        self.place = place
-        if not isinstance(fields, dict):
-            raise InputError(f"{place}: expected a JSON object, got {type(fields).__name__}")
-        self.fields = fields
-
-    def error(self, field: str, expected: str, got: Any) -> InputError:
-        shown = repr(got)
-        shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
-        return InputError(f"{self.place}: {field}: expected {expected}, got {shown}")
-
-    def get(self, *names: str) -> Any:
-        """The first of these fields that is there, dots leading into objects; None without any."""
-        for name in names:
-            value: Any = self.fields
-            for part in name.split("."):
-                value = value.get(part) if isinstance(value, dict) else None
-            if value is not None:
-                return value
-        return None
-
-    def text(self, *names: str) -> str:
-        """A field that must be there and hold text."""
-        value = self.get(*names)
-        if value is None:
-            raise InputError(
-                f"{self.place}: expected the field {' or '.join(names)}, got only "
-                f"{', '.join(sorted(self.fields)) or 'an empty record'}"
-            )
-        if not isinstance(value, str) or not value.strip():
-            raise self.error(names[0], "non-empty text", value)
-        return value
-
-    def answers(self, *names: str) -> tuple[str, ...]:
-        """A field with one answer or a list of them."""
-        value = self.get(*names)
-        if value is None:
-            self.text(*names)
-        found = value if isinstance(value, list) else [value]
-        found = [str(a) if isinstance(a, (int, float)) else a for a in found]
-        if not found or not all(isinstance(a, str) and a.strip() for a in found):
-            raise self.error(names[0], "an answer or a list of answers", value)
-        return tuple(found)
 
 
 def ruler_hqa(record: Record) -> TaskSample:
@@ -96,55 +47,6 @@ def ruler_hqa(record: Record) -> TaskSample:
     known = {name: record.get(f"extra_info.{name}") for name in ("index", "num_docs")}
     details = {name: value for name, value in known.items() if value is not None}
     return TaskSample("ruler_hqa", context, question, answers, (), "sub_em", details)
-
-
-def hotpotqa(record: Record) -> TaskSample:
-    """`question`, `answer`, `context` and `supporting_facts`, as lists or as columns.
-
-    Documents are laid out as in RULER-HQA. A supporting fact may name a sentence that its document
-    does not have, as some of the published ones do: `details` counts those.
-    """
-    context, facts = record.get("context"), record.get("supporting_facts")
-    if isinstance(context, dict):
-        context = columns(record, "context", context, "title", "sentences")
-    if isinstance(facts, dict):
-        facts = columns(record, "supporting_facts", facts, "title", "sent_id")
-    if not isinstance(context, list) or not context:
-        raise record.error("context", "a list of [title, sentences]", context)
-    parts, where, length = [], {}, 0
-    for number, entry in enumerate(context, 1):
-        title, sentences = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
-        lines = isinstance(sentences, list) and all(isinstance(s, str) for s in sentences)
-        if not isinstance(title, str) or not lines:
-            raise record.error(f"context[{number - 1}]", "[title, sentences]", entry)
-        head = f"Document {number}:\n{title}\n"
-        start, spans = length + len(head), []
-        for sentence in sentences:
-            spans.append((start, start + len(sentence)))
-            start += len(sentence)
-        where[title] = spans
-        parts.append(head + "".join(sentences))
-        length += len(parts[-1]) + 2
-    support, missing = [], 0
-    for fact in facts or []:
-        title, index = fact if isinstance(fact, list) and len(fact) == 2 else (None, None)
-        if title not in where or not isinstance(index, int):
-            raise record.error("supporting_facts", "[title of the context, number]", fact)
-        if 0 <= index < len(where[title]):
-            support.append(where[title][index])
-        else:
-            missing += 1
-    details = {"num_docs": len(context)} | ({"missing_facts": missing} if missing else {})
-    text, question = "\n\n".join(parts), record.text("question")
-    answers = record.answers("answer", "answers")
-    return TaskSample("hotpotqa", text, question, answers, tuple(support), "f1", details)
-
-
-def columns(record: Record, field: str, table: dict, first: str, second: str) -> list[list]:
-    left, right = table.get(first), table.get(second)
-    if not isinstance(left, list) or not isinstance(right, list) or len(left) != len(right):
-        raise record.error(field, f"lists {first} and {second} of one length", table)
-    return [list(pair) for pair in zip(left, right, strict=True)]
 
 
 def ruler(record: Record) -> TaskSample:
@@ -231,26 +133,3 @@ def read_samples(path: Path, form: str) -> Iterator[TaskSample]:
         yield sample
     if not found:
         raise InputError(f"{path}: expected at least one record, got none")
-
-
-def read_records(path: Path) -> Iterator[tuple[Any, str]]:
-    """Records of a JSON array or of JSON lines, each with "file: line n" or "file: record n"."""
-    text = read_file(path).text
-    if text.lstrip().startswith("["):
-        try:
-            records = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise broken(f"{path}: line {error.lineno}", error) from error
-        for number, fields in enumerate(records, 1):
-            yield fields, f"{path}: record {number}"
-        return
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                yield json.loads(line), f"{path}: line {number}"
-            except json.JSONDecodeError as error:
-                raise broken(f"{path}: line {number}", error) from error
-
-
-def broken(place: str, error: json.JSONDecodeError) -> InputError:
-    return InputError(f"{place}: expected JSON, got: {error.msg} at column {error.colno}")

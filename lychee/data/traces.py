@@ -35,7 +35,7 @@ class TraceMixture(Mixture):
     hops: tuple[float, ...] = (1, 3, 1)
     comparisons: float = 0.0
     progress: float = 0.5
-    surnames: float = 0.5
+    surnames: float = 0.2
     plain: float = 0.0
 
 

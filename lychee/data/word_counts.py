@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lychee.data.filler import Count
 from lychee.data.task import Span, of_split
 from lychee.errors import InputError
 
@@ -58,7 +59,15 @@ class CommonWords:
     often: int = 30
     rarely: int = 3
 
-    def make(self, task, words, split, count, tokens, draw) -> tuple[str, list[Query]]:
+    def make(
+        self,
+        task: str,
+        words: Sequence[str],
+        split: str | None,
+        count: Count,
+        tokens: int,
+        draw: random.Random,
+    ) -> tuple[str, list[Query]]:
         """A list of at most `tokens` tokens, and its one question."""
         if self.often <= self.rarely:
             raise InputError(
@@ -102,7 +111,15 @@ class FrequentWords:
     alpha: float = 2.0
     asked: int = 3
 
-    def make(self, task, words, split, count, tokens, draw) -> tuple[str, list[Query]]:
+    def make(
+        self,
+        task: str,
+        words: Sequence[str],
+        split: str | None,
+        count: Count,
+        tokens: int,
+        draw: random.Random,
+    ) -> tuple[str, list[Query]]:
         """A text of at most `tokens` tokens, and its one question."""
         vocabulary = max(FEWEST_CODED, self.asked + 2, tokens // VOCABULARY_SHARE)
         coded = [DOTS, *coin_words(vocabulary - 1, split, draw, set())]

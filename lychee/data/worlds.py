@@ -96,7 +96,7 @@ class World:
         draw: random.Random,
         split: str = "train",
         *,
-        surnames: float = 0.5,
+        surnames: float = 0.2,
         plain: bool = False,
     ):
         """

@@ -7,6 +7,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from lychee.eval.records import Record, RecordFile, cell_key
 from lychee.eval.report import summarise
 from lychee.eval.tasks import TaskCell
 from lychee.memory_model import SHIPPED_MODEL, LycheeMemory
+from lychee.trace import Answer
 
 Load = Callable[[int | None], LycheeMemory]
 Progress = Callable[[int, int], None]
@@ -27,21 +29,41 @@ SAMPLED = 1 << 16
 
 @dataclass(frozen=True)
 class Setting:
-    """How questions are answered; ratio None is the model's own, and says nothing of baselines."""
+    """How questions are answered; what stands behind `method` is ours alone.
+
+    Attributes:
+        ratio: None is the model's own.
+        bank_dtype, gate, passes: see `Ours`.
+    """
 
     method: str = OURS
     ratio: int | None = None
     bank_dtype: str = "auto"
+    gate: str = "auto"
+    passes: int | None = None
+
+    def options(self) -> dict[str, Any]:
+        """Of the method's class."""
+        if self.method != OURS:
+            return {}
+        return {"bank_dtype": self.bank_dtype, "gate": self.gate, "passes": self.passes}
 
 
 def settings_of(
-    methods: Sequence[str], ratios: Sequence[int | None], bank_dtypes: Sequence[str]
+    methods: Sequence[str],
+    ratios: Sequence[int | None] = (None,),
+    bank_dtypes: Sequence[str] = ("auto",),
+    gates: Sequence[str] = ("auto",),
+    passes: int | None = None,
 ) -> list[Setting]:
-    """Ours at every ratio and dtype of the bank, each other method once."""
+    """Ours at every ratio, dtype of the bank and gate, each other method once."""
     found = []
     for method in methods:
         if method == OURS:
-            found += [Setting(OURS, ratio, dtype) for ratio in ratios for dtype in bank_dtypes]
+            found += [
+                Setting(OURS, ratio, dtype, gate, passes)
+                for ratio, dtype, gate in product(ratios, bank_dtypes, gates)
+            ]
         else:
             found.append(Setting(method))
     return found
@@ -84,16 +106,17 @@ def run(
         if setting.ratio not in models:
             models = {setting.ratio: load(setting.ratio)}
         model = models[setting.ratio]
-        method = make_method(setting.method, model, setting.bank_dtype)
-        ratio = model.memory.ratio if setting.method == OURS else None
+        method = make_method(setting.method, model, **setting.options())
+        ours = setting.method == OURS
         for cell in cells:
             head = {
                 "task": cell.task,
                 "source": cell.source,
                 "length": cell.length,
                 "method": setting.method,
-                "ratio": ratio,
-                "bank_dtype": setting.bank_dtype if setting.method == OURS else None,
+                "ratio": model.memory.ratio if ours else None,
+                "bank_dtype": setting.bank_dtype if ours else None,
+                "gate": setting.gate if ours else None,
             }
             key, done = cell_key(head), 0
             for index, samples in enumerate(cell.texts()):
@@ -146,9 +169,26 @@ def answer_text(
                 "memory_bytes": usage.memory_bytes,
                 "chunks": usage.chunks,
                 "chunks_read": usage.chunks_read,
+                **support_read(sample, answer),
                 "build_seconds": round(build, 4),
                 "ask_seconds": round(seconds - build, 4),
                 "peak_bytes": peak.bytes,
             }
         )
     return records
+
+
+def support_read(sample: TaskSample, answer: Answer) -> dict[str, int | None]:
+    """How many chunks hold a supporting statement, and how many of those were read.
+
+    None where the sample does not say what supports it, or the method does not cut the text into
+    chunks of its characters.
+    """
+    spans = {step.chunk: (step.start, step.stop) for step in answer.trace}
+    if not sample.support or not spans:
+        return {"support_chunks": None, "support_read": None}
+    order = list(spans)
+    places = sample.supporting_chunks([spans[chunk] for chunk in order])
+    wanted = {order[place] for found in places for place in found}
+    read = {step.chunk for step in answer.trace if getattr(step, "read", True)}
+    return {"support_chunks": len(wanted), "support_read": len(wanted & read)}

@@ -9,12 +9,13 @@ import importlib.util
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from lychee.errors import InputError
 from lychee.memory_model import LycheeMemory
+from lychee.reading import ReadingOptions
 from lychee.trace import Answer
 
 OURS = "ours"
@@ -38,18 +39,28 @@ class Method(Protocol):
 class Ours:
     """Compress the text into a bank, then ask the bank."""
 
-    def __init__(self, model: LycheeMemory, *, bank_dtype: str = "auto"):
-        self.model = model
-        self.options = {} if bank_dtype == "auto" else {"bank_dtype": bank_dtype}
+    def __init__(
+        self,
+        model: LycheeMemory,
+        *,
+        bank_dtype: str = "auto",
+        gate: str = "auto",
+        passes: int | None = None,
+    ):
+        """`gate`: auto is the model's own, off reads every chunk, a number is the threshold."""
+        self.model, self.bank_dtype = model, bank_dtype
+        threshold = None if gate in ("auto", "off") else float(gate)
+        reading = ReadingOptions(gate != "off", threshold, passes)
+        self.options = {} if reading == ReadingOptions() else {"reading": reading}
         self.build_seconds = 0.0
 
     def answer(self, context: str, questions: Sequence[str]) -> list[Answer]:
         for question in questions:
             self.model.encode_question(question)
         started = time.perf_counter()
-        bank = self.model.remember(context, **self.options)
+        bank = self.model.remember(context, bank_dtype=self.bank_dtype)
         self.build_seconds = time.perf_counter() - started
-        return self.model.ask_many(bank, questions)
+        return self.model.ask_many(bank, questions, **self.options)
 
 
 def known_methods() -> list[str]:
@@ -71,11 +82,10 @@ def check_methods(names: Sequence[str]) -> None:
             raise InputError(f"method: expected one of {', '.join(known)}, got {name!r}")
 
 
-def make_method(name: str, model: LycheeMemory, bank_dtype: str = "auto") -> Method:
-    """The method of that name over a model; only ours has a bank."""
+def make_method(name: str, model: LycheeMemory, **options: Any) -> Method:
+    """The method of that name over a model; `options` are those of its class."""
     check_methods([name])
     module, attribute = METHODS[name]
-    options = {"bank_dtype": bank_dtype} if name == OURS else {}
     return getattr(importlib.import_module(module), attribute)(model, **options)
 
 

@@ -13,6 +13,9 @@ from lychee.errors import InputError
 from lychee.eval.methods import OURS
 from lychee.eval.report import Cell
 
+# What tells the lines of a plot by length apart.
+LINE = ("method", "ratio", "bank_dtype", "gate")
+
 Points = list[tuple[float, float]]
 
 
@@ -54,14 +57,16 @@ def series(cells: Sequence[Cell], x: str, y: str, *fixed: str) -> dict[str, Poin
     for cell in cells:
         if cell[x] is not None and cell[y] is not None:
             parts = [cell[name] for name in fixed]
-            name = ", ".join(describe(n, part) for n, part in zip(fixed, parts, strict=True))
-            found.setdefault(name.strip(", "), {})[cell[x]] = cell[y]
+            words = [describe(name, part) for name, part in zip(fixed, parts, strict=True)]
+            found.setdefault(", ".join(filter(None, words)), {})[cell[x]] = cell[y]
     return {name: sorted(points.items()) for name, points in found.items() if len(points) > 1}
 
 
 def describe(name: str, value: Any) -> str:
     if value is None or value == "auto":
         return ""
+    if name == "gate":
+        return "no gate" if value == "off" else f"gate {value}"
     return f"ratio {value}" if name == "ratio" else str(value)
 
 
@@ -112,7 +117,7 @@ def use_log_scale(axes) -> None:
 
 def accuracy_by_length(pyplot: ModuleType, cells: Sequence[Cell]):
     """Scores with their 95% intervals."""
-    lines = series(cells, "tokens", "score", "method", "ratio", "bank_dtype")
+    lines = series(cells, "tokens", "score", *LINE)
     if not lines:
         return None
     figure, axes = start(pyplot, "tokens of text", cells[0]["metric"], places_of(lines))
@@ -133,7 +138,7 @@ def cost_by_length(field: str, label: str, scale: float) -> Callable:
     """A cost of each method, and where ours becomes the smaller one."""
 
     def draw(pyplot: ModuleType, cells: Sequence[Cell]):
-        lines = series(cells, "tokens", field, "method", "ratio", "bank_dtype")
+        lines = series(cells, "tokens", field, *LINE)
         if not lines:
             return None
         figure, axes = start(pyplot, "tokens of text", label, places_of(lines))
@@ -158,7 +163,7 @@ def score_by(field: str, label: str) -> Callable:
     def draw(pyplot: ModuleType, cells: Sequence[Cell]):
         ours = [cell for cell in cells if cell["method"] == OURS]
         other = "ratio" if field == "bank_dtype" else "bank_dtype"
-        lines = series(ours, field, "score", "length", other)
+        lines = series(ours, field, "score", "length", other, "gate")
         if not lines:
             return None
         places = places_of(lines) if field == "ratio" else None
@@ -175,7 +180,7 @@ def score_by(field: str, label: str) -> Callable:
 def chunks_by_length(pyplot: ModuleType, cells: Sequence[Cell]):
     """Chunks read per question, beside all chunks there are."""
     ours = [cell for cell in cells if cell["method"] == OURS]
-    lines = series(ours, "tokens", "chunks_read", "method", "ratio", "bank_dtype")
+    lines = series(ours, "tokens", "chunks_read", *LINE)
     if not lines:
         return None
     figure, axes = start(pyplot, "tokens of text", "chunks", places_of(lines))

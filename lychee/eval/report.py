@@ -34,13 +34,13 @@ def wilson_interval(right: float, asked: int, z: float = 1.96) -> tuple[float, f
 
 
 def summarise(records: Sequence[Record], breakdown: dict[str, dict[str, Any]]) -> Cell:
-    """One cell of results, from all its records.
+    """One cell of results, from all its records; each one's first metric is its score.
 
     Seconds are means: `build_seconds` per text, `ask_seconds` per question about a bank at hand,
     `answer_seconds` per question from nothing, were it the only one about its text.
     """
-    metric = next(iter(records[0]["scores"]))
-    scores = [record["scores"][metric] for record in records]
+    metrics = [next(iter(record["scores"])) for record in records]
+    scores = [record["scores"][name] for name, record in zip(metrics, records, strict=True)]
     low, high = wilson_interval(sum(scores), len(scores))
     firsts = {record["text"]: record for record in records}.values()
     peaks = [record["peak_bytes"] for record in firsts if record["peak_bytes"] is not None]
@@ -58,12 +58,12 @@ def summarise(records: Sequence[Record], breakdown: dict[str, dict[str, Any]]) -
         "tokens": int(median(record["text_tokens"] for record in firsts)),
         "texts": len(firsts),
         "questions": len(records),
-        "metric": metric,
+        "metric": metrics[0] if len(set(metrics)) == 1 else "score",
         "score": fmean(scores),
         "interval_95": [low, high],
         "metrics": {
-            name: fmean(record["scores"][name] for record in records)
-            for name in records[0]["scores"]
+            name: fmean(r["scores"][name] for r in records if name in r["scores"])
+            for name in dict.fromkeys(name for record in records for name in record["scores"])
         },
         "breakdown": parts,
         "build_seconds": build,
@@ -71,8 +71,21 @@ def summarise(records: Sequence[Record], breakdown: dict[str, dict[str, Any]]) -
         "answer_seconds": build + ask,
         "chunks": fmean(record["chunks"] for record in records),
         "chunks_read": fmean(record["chunks_read"] for record in records),
+        **support_of(records),
         "memory_bytes": int(fmean(record["memory_bytes"] for record in firsts)),
         "peak_bytes": max(peaks, default=None),
+    }
+
+
+def support_of(records: Sequence[Record]) -> dict[str, float | None]:
+    """Shares of the supporting chunks that were read, and of the chunks read that support."""
+    known = [record for record in records if record["support_chunks"]]
+    found = sum(record["support_read"] for record in known)
+    wanted = sum(record["support_chunks"] for record in known)
+    read = sum(record["chunks_read"] for record in known)
+    return {
+        "support_recall": found / wanted if wanted else None,
+        "support_precision": found / read if read else None,
     }
 
 
@@ -91,14 +104,15 @@ class Table:
         ]
         self.breakdown, self.metrics = list(breakdown), list(metrics[1:])
         titles = [*self.varying, "tokens", "ratio", metrics[0], "95% interval", *self.metrics]
-        titles += [*self.breakdown, "compress s/text", "read s/question", "chunks read", "peak MiB"]
+        titles += [*self.breakdown, "compress s/text", "read s/question", "chunks read"]
+        titles += ["support read", "peak MiB"]
         self.header = f"{line(titles)}\n|{'---|' * len(titles)}"
 
     def row(self, cell: Cell) -> str:
         low, high = cell["interval_95"]
         asked, peak = cell["questions"], cell["peak_bytes"]
         right = f"{cell['score'] * asked:.4g}/{asked}"
-        values = [str(cell[name]) for name in self.varying]
+        values = ["-" if cell[name] is None else str(cell[name]) for name in self.varying]
         values += [f"{cell['length'] or cell['tokens']:,}", str(cell["ratio"] or "-")]
         values += [f"{100 * cell['score']:.0f}% ({right})", f"{100 * low:.0f} to {100 * high:.0f}%"]
         values += [f"{100 * cell['metrics'][name]:.0f}%" for name in self.metrics]
@@ -107,6 +121,8 @@ class Table:
             values.append(f"{part:.4g}/{of}")
         values += [f"{cell['build_seconds']:.2f}", f"{cell['ask_seconds']:.2f}"]
         values += [f"{cell['chunks_read']:.1f} of {cell['chunks']:.1f}"]
+        recall = cell["support_recall"]
+        values += ["-" if recall is None else f"{100 * recall:.1f}%"]
         values += ["-" if peak is None else f"{peak / 2**20:.0f}"]
         return line(values)
 

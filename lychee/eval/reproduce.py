@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -77,10 +76,10 @@ def reproduce(
         for name, paths in (("frozen", plan.frozen), ("trained", plan.trained))
     }
     records = RecordFile(out, shared)
-    load = lru_cache(maxsize=1)(load)
+    gated = getattr(load(None), "gate", None) is not None
     found: dict[CellKey, Cell] = {}
     refused = []
-    for setting, cell in runs_of(plan, make_cells):
+    for setting, cell in runs_of(plan, make_cells, gated):
         try:
             for result in run([cell], [setting], load, records, progress=progress):
                 found[cell_key(result)] = result
@@ -107,13 +106,16 @@ def reproduce(
 
 
 def runs_of(
-    plan: Plan, make_cells: Callable[[Sequence[int]], list[TaskCell]]
+    plan: Plan, make_cells: Callable[[Sequence[int]], list[TaskCell]], gated: bool
 ) -> Iterator[tuple[Setting, TaskCell]]:
-    """Every method at every length, then ours at the ratios; shortest first."""
+    """Every method at every length, ours without its gate as well, then ours at the ratios."""
     by_length = make_cells(sorted(plan.lengths))
-    for method in known_methods():
+    settings = [Setting(method) for method in known_methods()]
+    if gated:
+        settings.append(Setting(OURS, gate="off"))
+    for setting in settings:
         for cell in by_length:
-            yield Setting(method), cell
+            yield setting, cell
     (at_ratios,) = make_cells([plan.ratio_length])
     for ratio in plan.ratios:
         yield Setting(OURS, ratio), at_ratios
@@ -142,7 +144,10 @@ def by_method(cells: Sequence[Cell], plan: Plan, method: str, ratio: int | None)
     return {
         cell["length"]: cell
         for cell in cells
-        if cell["method"] == method and cell["ratio"] == wanted and cell["length"] in plan.lengths
+        if cell["method"] == method
+        and cell["ratio"] == wanted
+        and cell["gate"] != "off"
+        and cell["length"] in plan.lengths
     }
 
 
@@ -170,7 +175,9 @@ def compare(report: dict[str, Any], plan: Plan) -> list[dict[str, str]]:
         "ratio": ", ".join(
             f"{cell['ratio']}: {percent(cell)}"
             for cell in report["cells"]
-            if cell["length"] == plan.ratio_length and cell["ratio"] in plan.ratios
+            if cell["length"] == plan.ratio_length
+            and cell["ratio"] in plan.ratios
+            and cell["gate"] == "auto"
         )
         or "not run",
         "notes": f"notes of at most {report['notes']} tokens; not varied",
@@ -226,7 +233,11 @@ def compare_curves(curves: dict[str, list[plots.Points]]) -> str:
 
 def draw_figures(report: dict[str, Any], plan: Plan, out: Path) -> list[Path]:
     """Accuracy, times and memory by length, accuracy by ratio, and reward curves if there are."""
-    at_ratios = [cell for cell in report["cells"] if cell["length"] == plan.ratio_length]
+    at_ratios = [
+        cell
+        for cell in report["cells"]
+        if cell["length"] == plan.ratio_length and cell["gate"] == "auto"
+    ]
     by_length = [c for c in report["cells"] if c["ratio"] in (None, report["own_ratio"])]
     drawn = plots.draw_all(by_length, out)
     drawn += plots.draw_all(at_ratios, out, ["accuracy_by_ratio"])
@@ -243,7 +254,7 @@ def draw_figures(report: dict[str, Any], plan: Plan, out: Path) -> list[Path]:
 
 def write_report(report: dict[str, Any], plan: Plan, drawn: Sequence[Path]) -> str:
     """Markdown: the comparison, what differs from the paper, all cells, and the plots."""
-    table = Table(["method"], [], ["score"])
+    table = Table(["method", "gate"], [], ["score"])
     baselines = ", ".join(name for name in known_methods() if name != OURS) or "no other method"
     lines = [
         "# The paper's figures at a small scale",

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lychee.compressor import TensorSink
+from lychee.data.file_traces import FileTraces
 from lychee.data.needles import word_list
 from lychee.data.recall import Mixture, RecallBatch, RecallSampler
 from lychee.data.texts import TextTurns, Turns, long_enough
@@ -112,6 +113,15 @@ class PretrainRecipe(Recipe):
 
     stages: tuple[PretrainStage, ...] = ()
 
+    def __post_init__(self):
+        super().__post_init__()
+        for index, stage in enumerate(self.stages, start=1):
+            if self.data is not None and (stage.continuation or not stage.recall):
+                raise ValueError(
+                    f"stage[{index}]: expected recall and no continuation beside [data], "
+                    f"got recall {stage.recall} and continuation {stage.continuation}"
+                )
+
 
 @dataclass(frozen=True)
 class PretrainBatch:
@@ -151,8 +161,14 @@ class Pretraining(TrainingRun):
         encoded = [self.tokenizer.encode(text) for text in self.texts]
         self.books = long_enough(encoded, longest, self.tokenizer.encode("\n\n"))
         self.text_turns = TextTurns(self.tokenizer, self.model.memory.templates, self.random)
-        self.sampler = None
-        if any(stage.recall for stage in stages):
+        self.file_traces = self.sampler = None
+        if self.samples:
+            prompts, memory = self.model.reasoner.prompts, self.model.memory
+            self.file_traces = FileTraces(
+                self.samples, self.tokenizer, prompts, memory, self.random
+            )
+        share = self.recipe.data.share if self.recipe.data else 0
+        if share < 1 and any(stage.recall for stage in stages):
             self.sampler = RecallSampler(
                 self.tokenizer,
                 self.model.reasoner.prompts,
@@ -170,7 +186,11 @@ class Pretraining(TrainingRun):
         ratio = self.random.choice(stage.ratios)
         length = stage.draw_chunk(self.random)
         recall = None
-        if stage.recall:
+        data = self.recipe.data
+        if data is not None and (data.share == 1 or self.random.random() < data.share):
+            recall = self.file_traces.batch(stage.batch, length, stage.questions)
+            chunks = behind = recall.chunks
+        elif stage.recall:
             self.sampler.following, self.sampler.behind = stage.following, []
             recall = self.sampler.batch(
                 stage.batch, length, stage.questions, stage.facts, stage.mixture

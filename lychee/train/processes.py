@@ -91,6 +91,8 @@ class Processes:
         if self.count == 1:
             return module
         if self.shard:
+            # One group, gathered once a step: a group per layer would be gathered as often as the
+            # layer is called, and processes whose turns differ in number call it differently often.
             return fully_shard(module)
         # Every process makes its own rotary tables, as long as it needs; torch 2.13 has a new name.
         names = ("forward_sync_buffers", "broadcast_buffers")

@@ -52,6 +52,25 @@ class LoraSettings:
 
 
 @dataclass(frozen=True)
+class DataSettings:
+    """[data]: files of questions with their texts, as `lychee.data.readers` reads them.
+
+    `files` are names or patterns in the folder of books, `format` one of the readers' formats, and
+    `share` is that of batches made from them.
+    """
+
+    files: tuple[str, ...]
+    format: str
+    share: float = 1.0
+
+    def __post_init__(self):
+        if not self.files:
+            raise ValueError("files: expected names of files, got none")
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share: expected above 0 and at most 1, got {self.share}")
+
+
+@dataclass(frozen=True)
 class Recipe:
     """What every kind of training reads from its TOML file; each adds fields and its stages.
 
@@ -62,7 +81,9 @@ class Recipe:
         clip: largest norm of the gradient over all parameters.
         betas, weight_decay: of AdamW.
         save_every, log_every: in steps.
-        books: names or patterns of texts in the folder of books; none is every *.txt there.
+        books: names or patterns of texts in the folder of books; none is every *.txt there, or with
+            `data` the texts of its questions.
+        data: questions from files.
         start: model folder to start from, or "shipped"; not together with `model`.
         model: config.json's fields of a model that starts from nothing.
         memory: fields of `MemoryConfig`; with `start` only those that differ from the folder's.
@@ -79,6 +100,7 @@ class Recipe:
     save_every: int = 200
     log_every: int = 20
     books: tuple[str, ...] = ()
+    data: DataSettings | None = None
     start: str | None = None
     model: dict[str, Any] | None = None
     memory: dict[str, Any] = field(default_factory=dict)
@@ -109,7 +131,7 @@ class Recipe:
             raw = tomllib.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise InputError(f"{path}: expected a training recipe, got: {error}") from error
-        return read_fields(cls, rename_stages(raw), f"{path}: ")
+        return read_fields(cls, raw, f"{path}: ")
 
     @property
     def total_steps(self) -> int:
@@ -141,26 +163,22 @@ class Recipe:
         return {n: v for n, v in values.items() if n not in self.free} | {"stage": started}
 
 
-def rename_stages(raw: dict[str, Any]) -> dict[str, Any]:
-    """[[stage]] tables under the name of the field that holds them."""
-    return {("stages" if name == "stage" else name): value for name, value in raw.items()}
-
-
 def read_fields(cls: type, raw: dict[str, Any], where: str) -> Any:
     """An instance of a dataclass from a TOML table; `where` opens every error's message."""
     hints = typing.get_type_hints(cls)
-    known = {item.name: item for item in dataclasses.fields(cls)}
-    listed = ", ".join(NAMES_IN_FILE.get(name, name) for name in known)
+    # Fields by the names that they have in the file.
+    known = {NAMES_IN_FILE.get(item.name, item.name): item for item in dataclasses.fields(cls)}
     for name in raw:
         if name not in known:
-            raise InputError(f"{where}{name}: expected one of {listed}, got this field")
+            raise InputError(f"{where}{name}: expected one of {', '.join(known)}, got this field")
     for name, item in known.items():
         defaults = (item.default, item.default_factory)
         if name not in raw and all(value is dataclasses.MISSING for value in defaults):
             raise InputError(f"{where}{name}: expected a value, got none")
+    fields = {known[name].name: (name, value) for name, value in raw.items()}
     values = {
-        name: convert(value, hints[name], where + NAMES_IN_FILE.get(name, name))
-        for name, value in raw.items()
+        field: convert(value, hints[field], f"{where}{name}")
+        for field, (name, value) in fields.items()
     }
     try:
         return cls(**values)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lychee.errors import InputError
 from lychee.train.checkpoint import load_state
-from lychee.train.recipe import read_fields, rename_stages
+from lychee.train.recipe import read_fields
 from lychee.train.run import TrainingRun
 
 SHIPPED_RECIPE = Path(__file__).parent.parent / "assets" / "recipe.toml"
@@ -53,7 +53,7 @@ class Plan:
             raw = tomllib.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise InputError(f"{path}: expected a plan of training, got: {error}") from error
-        return read_fields(cls, rename_stages(raw), f"{path}: ")
+        return read_fields(cls, raw, f"{path}: ")
 
 
 def training_class(kind: str) -> type[TrainingRun]:

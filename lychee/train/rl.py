@@ -26,7 +26,9 @@ from lychee.data.episodes import EpisodeBatch, EpisodeSampler, split_book
 from lychee.data.needles import word_list
 from lychee.data.recall import RecallSampler
 from lychee.decoder import Decoder
+from lychee.errors import InputError
 from lychee.eval.metrics import score
+from lychee.lora import merge
 from lychee.memory_model import LycheeMemory
 from lychee.train.metrics import Value, keep_until
 from lychee.train.objective import (
@@ -39,6 +41,7 @@ from lychee.train.objective import (
 from lychee.train.rl_recipe import ReinforcementRecipe, ReinforcementStage
 from lychee.train.rollouts import Policy, Rollout, describe, roll_out
 from lychee.train.run import TrainingRun
+from lychee.train.start import identity
 
 # Texts rolled out at once in an evaluation.
 EVALUATED_TEXTS = 16
@@ -90,8 +93,18 @@ class Reinforcement(TrainingRun):
         self.generator.manual_seed(recipe.seed * 1009 + self.processes.rank)
 
     def new_sampler(self, books: list[list[int]], draw: random.Random) -> RecallSampler:
+        """A sampler over those parts of books that are longer than a chunk."""
+        size = self.model.memory.chunk
+        long_enough = [book for book in books if len(book) > size]
+        if not long_enough:
+            longest = max(map(len, books), default=0)
+            raise InputError(
+                f"books: expected {size + 1} tokens or more of one on each side of held_out, "
+                f"got {longest}"
+            )
         words = word_list(self.texts, self.tokenizer.encode)
-        return RecallSampler(self.tokenizer, self.model.reasoner.prompts, books, words, draw)
+        prompts = self.model.reasoner.prompts
+        return RecallSampler(self.tokenizer, prompts, long_enough, words, draw)
 
     def episodes(
         self, stage: ReinforcementStage, sampler: RecallSampler, split: str
@@ -224,6 +237,12 @@ class Reinforcement(TrainingRun):
             with (self.folder / name).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
+    def description(self, step: int) -> dict[str, Any]:
+        """As for every training; also which weights it began with, from which it is held back."""
+        found = super().description(step)
+        began = identity(self.model, self.reference)["frozen_weights"]
+        return found | {"model": found["model"] | {"start": began}}
+
     def state(self) -> dict[str, Any]:
         return {"generator": self.generator.get_state()}
 
@@ -237,10 +256,11 @@ class Reinforcement(TrainingRun):
         """Write the model folder, and the frozen compressor's beside it where there is one."""
         super().export()
         if self.recipe.freeze_compressor and self.processes.first:
-            start = LycheeMemory(
-                self.reference, self.tokenizer, self.model.raw_config, self.model.memory
-            )
-            start.save_pretrained(self.folder / "compressor", getattr(torch, self.recipe.export))
+            start = copy.deepcopy(self.reference).cpu()
+            if self.recipe.lora is not None:
+                merge(start)
+            model = LycheeMemory(start, self.tokenizer, self.model.raw_config, self.model.memory)
+            model.save_pretrained(self.folder / "compressor", getattr(torch, self.recipe.export))
 
 
 def batch_sizes(total: int, most: int) -> list[int]:

@@ -25,7 +25,7 @@ from lychee.train.checkpoint import capture, check_state, load_state, restore, s
 from lychee.train.metrics import Averages, MetricsLog, Value
 from lychee.train.processes import Processes
 from lychee.train.recipe import Recipe
-from lychee.train.start import identity, load_books, starting_model
+from lychee.train.start import identity, load_books, load_samples, starting_model
 
 
 class Batch(Protocol):
@@ -45,6 +45,7 @@ class TrainingRun:
     Attributes:
         model: LycheeMemory in training, with `decoder`, `tokenizer`, `compressor`, `reasoner`.
         texts: contents of the recipe's books.
+        samples: questions from the recipe's files of data.
         modules: what is trained and saved; `prepare` may add to it.
         processes: the processes that share this run.
     """
@@ -68,7 +69,11 @@ class TrainingRun:
         self.device = self.processes.device
         folder.mkdir(parents=True, exist_ok=True)
         self.random = random.Random(recipe.seed)
-        self.texts = load_books(books, recipe.books)
+        self.samples = load_samples(books, recipe.data)
+        if self.samples and not recipe.books:
+            self.texts = [sample.context for sample in self.samples]
+        else:
+            self.texts = load_books(books, recipe.books)
         if not self.processes.first:
             self.processes.wait()
         self.model: LycheeMemory = starting_model(recipe, self.texts, folder, start)
@@ -92,7 +97,7 @@ class TrainingRun:
         )
 
     def prepare(self) -> None:
-        """Build samplers and further modules; here files of questions would be read as well."""
+        """Build samplers and further modules."""
 
     def trains(self, name: str) -> bool:
         """Whether the parameter `name` ("decoder.model.norm.weight") is trained."""

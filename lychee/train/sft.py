@@ -46,11 +46,13 @@ class SupervisedTraining(Pretraining):
 
     def prepare(self) -> None:
         super().prepare()
+        if self.sampler is None:
+            return
         words = word_list(self.texts, self.tokenizer.encode)
         self.sampler = TraceSampler(
             self.tokenizer,
             self.model.reasoner.prompts,
-            self.sampler.books,
+            self.books,
             words,
             self.random,
             rare_words=word_list(self.texts, self.tokenizer.encode, RARE_COUNT, RARE_LENGTHS),

@@ -12,29 +12,45 @@ import torch
 from torch import nn
 
 from lychee.config import MemoryConfig, ModelConfig
+from lychee.data.readers import read_samples
+from lychee.data.task import TaskSample
 from lychee.errors import InputError
 from lychee.memory_model import SHIPPED_MODEL, LycheeMemory
 from lychee.tokenizer import TextTokenizer
 from lychee.train.initialise import new_decoder
-from lychee.train.recipe import Recipe
+from lychee.train.recipe import DataSettings, Recipe
 from lychee.weights import load_decoder, read_config
 
 # Values of each frozen tensor that tell its model from others.
 FINGERPRINTED = 256
 
 
-def load_books(folder: Path | None, patterns: tuple[str, ...]) -> list[str]:
-    """Texts that a recipe names in the folder of books: in its order, each once."""
+def find_files(folder: Path | None, patterns: tuple[str, ...]) -> list[Path]:
+    """Files that a recipe names in the folder of books: in its order, each once."""
     if folder is None:
         if patterns:
             raise InputError(f"books: expected a folder that holds {patterns[0]}, got none")
         return []
     paths: dict[Path, None] = {}
-    for pattern in patterns or ("*.txt",):
+    for pattern in patterns:
         found = sorted(path for path in folder.glob(pattern) if path.is_file())
         if not found:
             raise InputError(f"{folder}: expected the recipe's books, got no {pattern}")
         paths |= dict.fromkeys(found)
+    return list(paths)
+
+
+def load_samples(folder: Path | None, data: DataSettings | None) -> list[TaskSample]:
+    """Questions from the files of [data]; InputError names the line of a broken record."""
+    if data is None:
+        return []
+    paths = find_files(folder, data.files)
+    return [sample for path in paths for sample in read_samples(path, data.format)]
+
+
+def load_books(folder: Path | None, patterns: tuple[str, ...]) -> list[str]:
+    """Texts that a recipe names in the folder of books; every *.txt there if it names none."""
+    paths = find_files(folder, patterns or ("*.txt",) * (folder is not None))
     return [path.read_text(encoding="utf-8", errors="replace") for path in paths]
 
 

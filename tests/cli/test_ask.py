@@ -9,10 +9,10 @@ from dataclasses import replace
 import pytest
 
 import lychee_kernels
-from lychee import LycheeMemory
+from lychee import LycheeMemory, Source, Step
+from lychee.gate import Gate, GateConfig
 from lychee.generate import Sampling
 from lychee.memory_model import SHIPPED_MODEL
-from lychee.trace import Source, Step
 
 QUESTION = "What is it?"
 
@@ -39,7 +39,10 @@ def test_ask_prints_the_answer_alone_on_standard_output(run, text_file, model_fo
     answer = model.ask(model.remember(text_file), QUESTION)
     assert result.stdout == answer.text + "\n"
     assert f"{answer.usage.text_tokens:,} tokens remembered" in result.stderr
-    assert f"notes changed at {text_file}, characters" in result.stderr
+    spans = [f"{source.start:,} to {source.stop:,}" for source in answer.sources]
+    assert spans
+    for span in spans:
+        assert f"notes changed at {text_file}, characters {span}" in result.stderr
     assert "Traceback" not in result.stderr
 
 
@@ -83,6 +86,8 @@ def test_ask_options_reach_the_model(answer_of, tmp_path, text, model_folder):
     model = LycheeMemory(whole.decoder, whole.tokenizer, whole.raw_config, memory)
     bank = model.remember(path)
     expected = model.ask(bank, QUESTION, sampling=Sampling(2.0, 50, 0.9, 3))
+    seconds = [step.pop("seconds") for step in answer["trace"]]
+    assert seconds == sorted(seconds)
     assert [Step(**step) for step in answer["trace"]] == expected.trace
     assert answer["text"] == expected.text
     assert expected.trace != model.ask(bank, QUESTION).trace
@@ -125,3 +130,20 @@ def test_shipped_model_finds_a_fact(run, tmp_path):
     assert result.returncode == 0
     assert result.stdout == "4820193\n"
     assert "morning garden is 4820193" in result.stderr
+
+
+def test_gate_options_reach_the_loop(run, text_file, model_folder, tmp_path):
+    model = LycheeMemory.from_pretrained(model_folder)
+    model.gate = Gate(model.decoder, GateConfig(layers=2, opening=1, threshold=0.0)).eval()
+    model.save_pretrained(tmp_path)
+    arguments = ("ask", text_file, "-q", QUESTION, "--model", tmp_path, "--json")
+    answer = json.loads(run(*arguments, "--gate-threshold", 1, "--passes", 2).stdout)
+    chunks = answer["usage"]["chunks"]
+    # Its head is zero: every chunk has even odds.
+    assert [step["score"] for step in answer["trace"][:chunks]] == [None] + [0.5] * (chunks - 1)
+    assert {step["round"] for step in answer["trace"]} == {0, 1}
+    assert answer["usage"]["chunks_read"] == 1 and answer["usage"]["threshold"] == 1
+    every = json.loads(run(*arguments, "--no-gate").stdout)
+    assert every["usage"]["chunks_read"] == chunks and every["usage"]["threshold"] is None
+    refused = run("ask", text_file, "-q", QUESTION, "--model", model_folder, "--gate-threshold", 1)
+    assert refused.returncode == 2 and "threshold: expected a model with a gate" in refused.stderr

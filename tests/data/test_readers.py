@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from lychee.data.hotpotqa import lengthened
 from lychee.data.readers import FORMATS, LONGBENCH_METRICS, SUMMARISE, read_samples
 from lychee.errors import InputError
 from lychee.eval.metrics import METRICS
@@ -75,6 +76,44 @@ def test_hotpotqa_reads_columns_as_lists(tmp_path):
         read(tmp_path, "hotpotqa", record) for record in (HOTPOT, columns)
     )
     assert (from_lists.context, from_lists.support) == (from_columns.context, from_columns.support)
+
+
+def hotpot_file(tmp_path):
+    path = tmp_path / "hotpot.json"
+    records = [
+        {
+            "question": f"Which mill is number {index}?",
+            "answer": f"Mill {index}",
+            "context": [
+                [f"Mill {index}", [f"It has number {index}.", " It is old."]],
+                [f"River {index}", ["It is cold. "] * 6],
+            ],
+            "supporting_facts": [[f"Mill {index}", 0]],
+        }
+        for index in range(40)
+    ]
+    path.write_text(json.dumps(records))
+    return path
+
+
+def test_hotpotqa_grows_by_documents_of_other_questions(tmp_path):
+    path, count = hotpot_file(tmp_path), lambda text: len(text.split())
+    made = {n: list(lengthened(path, n, count, 10, seed=0)) for n in (20, 300)}
+    assert made[300] == list(lengthened(path, 300, count, 10, seed=0))
+    assert made[300] != list(lengthened(path, 300, count, 10, seed=1))
+    places = set()
+    for length, samples in made.items():
+        assert len(samples) == 10
+        for index, sample in enumerate(samples):
+            assert length - 18 < count(sample.context) <= length
+            assert sample.context.count("Document ") == sample.details["num_docs"]
+            ((start, stop),) = sample.support
+            assert sample.context[start:stop] == f"It has number {index}."
+            assert sample.context.count(f"\nMill {index}\n") == 1
+            places.add(start // 100)
+    assert len(places) > 3
+    with pytest.raises(InputError, match="record 1: context: expected at least 11 tokens.* got 9"):
+        list(lengthened(path, 9, count, 10, seed=0))
 
 
 @pytest.mark.parametrize(

@@ -173,7 +173,7 @@ def short_runs():
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("name", ["build", "resume", "add", "remove", "save"])
-def test_killed_writers_leave_the_old_or_the_new_state(scenarios, name, tmp_path):
+def test_killed_writers_leave_a_whole_state(scenarios, name, tmp_path):
     scenario = scenarios[name]
     draw = random.Random(name)
 

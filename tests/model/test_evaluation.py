@@ -10,12 +10,13 @@ from lychee.data.needles import NeedleMaker
 from lychee.data.task import TaskSample
 from lychee.errors import InputError
 from lychee.eval import methods
-from lychee.eval.harness import Setting, fingerprint, run, settings_of
+from lychee.eval.harness import Setting, fingerprint, run, settings_of, support_read
 from lychee.eval.methods import PeakMemory, check_methods, make_method
 from lychee.eval.needles import BREAKDOWN, NeedleTexts, key_counts
 from lychee.eval.records import RECORDS, RecordFile
-from lychee.eval.report import Table, summarise, wilson_interval
+from lychee.eval.report import Table, summarise, support_of, wilson_interval
 from lychee.eval.tasks import Request, TaskCell, task_cells, task_names
+from lychee.trace import Answer, Step, Usage
 
 SHARED = {"seed": 1}
 
@@ -80,7 +81,9 @@ def test_cells_count_what_was_asked(cells, tiny_model):
     for cell in found:
         assert (cell["questions"], cell["texts"], cell["ratio"]) == (6, 3, 4)
         assert abs(cell["tokens"] - cell["length"]) <= 6
-        assert cell["chunks_read"] == cell["chunks"] > 0
+        # Without a gate everything is read, and of that few chunks hold what is asked for.
+        assert cell["chunks_read"] == cell["chunks"] > 0 and cell["support_recall"] == 1
+        assert 1 / cell["chunks"] <= cell["support_precision"] < 1
         assert cell["answer_seconds"] == cell["build_seconds"] + cell["ask_seconds"] > 0
         assert cell["breakdown"]["numbers"][1] + cell["breakdown"]["words"][1] == 6
         assert table.row(cell).count("|") == table.header.splitlines()[0].count("|")
@@ -162,12 +165,39 @@ def test_what_cannot_be_asked_is_named(tiny_model):
 
 
 def test_methods_and_settings():
-    assert settings_of(["ours", "memagent"], [2, 4], ["auto", "int8"]) == [
-        *(Setting("ours", ratio, dtype) for ratio in (2, 4) for dtype in ("auto", "int8")),
+    assert settings_of(["ours", "memagent"], [2, 4], ["auto", "int8"], ["off"], 2) == [
+        Setting("ours", 2, "auto", "off", 2),
+        Setting("ours", 2, "int8", "off", 2),
+        Setting("ours", 4, "auto", "off", 2),
+        Setting("ours", 4, "int8", "off", 2),
         Setting("memagent"),
     ]
     with pytest.raises(InputError, match="method: expected one of ours.*, got 'guess'"):
         check_methods(["ours", "guess"])
+
+
+def test_what_was_read_is_held_against_what_supports():
+    sample = TaskSample("t", "x" * 40, "?", ("x",), ((5, 8), (18, 22)))
+    steps = [Step(chunk, "d", 10 * chunk, 10 * chunk + 10, "", False) for chunk in (3, 0, 1)]
+    # Statements lie in chunk 0, and over 1 and 2; the trace knows nothing of chunk 2.
+    found = support_read(sample, Answer("?", "", [], steps, Usage(0, 0, 0, 4, 3, 0.0, 0.0)))
+    assert found == {"support_chunks": 2, "support_read": 2}
+    found = support_read(sample, Answer("?", "", [], [], Usage(0, 0, 0, 4, 3, 0.0, 0.0)))
+    assert found == {"support_chunks": None, "support_read": None}
+    records = [
+        {"support_chunks": 2, "support_read": 1, "chunks_read": 4},
+        {"support_chunks": 1, "support_read": 1, "chunks_read": 1},
+        {"support_chunks": None, "support_read": None, "chunks_read": 50},
+    ]
+    assert support_of(records) == {"support_recall": 2 / 3, "support_precision": 2 / 5}
+    assert set(support_of(records[2:]).values()) == {None}
+
+
+def test_banks_of_another_dtype_are_made(tiny_model, prose):
+    method = make_method("ours", tiny_model, bank_dtype="int8")
+    (answer,) = method.answer(prose(200), ["where is the sea"])
+    (whole,) = make_method("ours", tiny_model).answer(prose(200), ["where is the sea"])
+    assert answer.usage.memory_bytes < 0.5 * whole.usage.memory_bytes
 
 
 def test_every_installed_method_answers(tiny_model, prose):
@@ -182,10 +212,14 @@ def test_every_installed_method_answers(tiny_model, prose):
 def test_task_names_and_lengths(books, tiny_model):
     assert task_names("vt,needles,vt") == ["vt", "needles"]
     assert len(task_names("ruler")) == 11
-    with pytest.raises(InputError, match="task: expected one of ruler, needles, .*, got 'qa'"):
+    with pytest.raises(
+        InputError, match="task: expected one of ruler, multihop, needles, .*, got 'qa'"
+    ):
         task_names("vt,qa")
     with pytest.raises(InputError, match="expected tasks that are generated or tasks of files"):
         task_cells(["vt", "own"], [100], Request((books,)), tiny_model.tokenizer)
+    with pytest.raises(InputError, match="own: length: expected none, as texts stay as they are"):
+        task_cells(["own"], [100], Request((books,)), tiny_model.tokenizer)
     with pytest.raises(InputError, match="own: expected a data file, got none"):
         task_cells(["own"], [100], Request(), tiny_model.tokenizer)
 

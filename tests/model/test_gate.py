@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The gate: same score however it is asked, and a loop that gives what gating one by one gives."""
 
+import json
 import random
 
 import pytest
 import torch
 
+from lychee import LycheeMemory
 from lychee.compressor import MemoryTensors
-from lychee.errors import InputError, MemoryConfigError
+from lychee.errors import CheckpointError, InputError, MemoryConfigError
 from lychee.gate import Gate, GateConfig
 from lychee.generate import Sampling
 from lychee.reading import ReadingLoop, ReadingOptions
@@ -115,16 +117,19 @@ def test_gating_ahead_equals_gating_one_by_one(tiny_model, bank, prose, seed):
 
 
 def test_the_gates_of_the_test_above_select(tiny_model, bank, prose):
-    """Guards it: with notes that change, some chunks are read and some are not."""
+    """Guards it: there are thresholds at which some chunks are read, some not, and notes change."""
     gate = random_gate(tiny_model)
     question = tiny_model.tokenizer.encode(prose(5, seed=3))
-    start = list(tiny_model.reasoner.prompts.no_memory)
-    scores = [score_alone(tiny_model, gate, bank, question, start, c) for c in range(len(bank))]
-    threshold = sorted(scores)[len(scores) // 2]
-    seen = one_by_one(tiny_model, gate, bank, question, threshold, 1)
-    assert 2 < sum(was_read for _, _, was_read, _, _ in seen) < len(bank) - 2
-    assert len({tuple(after) for _, _, _, after, _ in seen}) > 2
-    assert max(scores) - min(scores) > 0.01
+    everything = one_by_one(tiny_model, gate, bank, question, 0.0, 1)
+    scores = sorted(score for _, _, _, _, score in everything)
+    assert scores[-1] - scores[0] > 0.01
+    mixed = []
+    for place in range(2, len(scores), 4):
+        seen = one_by_one(tiny_model, gate, bank, question, scores[place], 1)
+        notes = {tuple(after) for _, _, _, after, _ in seen}
+        read = sum(was_read for _, _, was_read, _, _ in seen)
+        mixed.append(2 < read < len(bank) - 2 and len(notes) > 2)
+    assert any(mixed)
 
 
 def test_without_a_gate_passes_read_again_until_nothing_changes(tiny_model, bank, prose):
@@ -134,7 +139,7 @@ def test_without_a_gate_passes_read_again_until_nothing_changes(tiny_model, bank
     last_change = max(i for i, event in enumerate(events) if event.changed)
     done = len(events) == 9 * len(bank) or len(events) - 1 - last_change == len(bank)
     assert done and len(events) > len(bank)
-    assert loop.chunks_gated == 0
+    assert loop.chunks_gated == [0]
     again = list(tiny_model.reasoner.prompts.no_memory)
     for event in events:
         pages = bank.page_table([[event.chunk]])
@@ -195,3 +200,72 @@ def test_mistakes_are_named(tiny_model):
         ReadingOptions(passes=0)
     with pytest.raises(InputError, match="threshold: expected 0 to 1, got nan"):
         ReadingOptions(threshold=float("nan"))
+    with pytest.raises(InputError, match="threshold: expected none without the gate, got 0.5"):
+        ReadingOptions(gate=False, threshold=0.5)
+    bank = tiny_model.remember("The sea ran high.")
+    with pytest.raises(InputError, match="threshold: expected a model with a gate"):
+        tiny_model.ask(bank, "what", reading=ReadingOptions(threshold=0.5))
+
+
+def test_a_folder_keeps_its_gate(tiny_model, prose, tmp_path):
+    gate = random_gate(tiny_model, opening=2, threshold=0.25)
+    gated = LycheeMemory(
+        tiny_model.decoder, tiny_model.tokenizer, tiny_model.raw_config, tiny_model.memory, gate
+    )
+    gated.save_pretrained(tmp_path)
+    again = LycheeMemory.from_pretrained(tmp_path)
+    assert again.gate.config == gate.config
+    text = prose(300, seed=2)
+    answers = [model.ask(model.remember(text), "who came again") for model in (gated, again)]
+    assert answers[0].trace == answers[1].trace and answers[0].text == answers[1].text
+    trace, usage = answers[1].trace, answers[1].usage
+    assert [step.score is None for step in trace] == [True] * 2 + [False] * (len(trace) - 2)
+    assert all(step.read == (step.score is None or step.score >= 0.25) for step in trace)
+    assert usage.threshold == 0.25 and usage.chunks_gated >= len(trace) - 2
+    assert usage.chunks_read == sum(step.read for step in trace)
+    # A folder that is saved over without a gate has none.
+    tiny_model.save_pretrained(tmp_path)
+    assert LycheeMemory.from_pretrained(tmp_path).gate is None
+
+
+def test_reading_options_reach_the_loop(tiny_model, prose):
+    gate = random_gate(tiny_model)
+    model = LycheeMemory(
+        tiny_model.decoder, tiny_model.tokenizer, tiny_model.raw_config, tiny_model.memory, gate
+    )
+    bank = model.remember(prose(200, seed=2))
+    none = model.ask(bank, "who came", reading=ReadingOptions(threshold=1.0))
+    assert none.usage.chunks_read == 0 and none.sources == []
+    every = model.ask(bank, "who came", reading=ReadingOptions(threshold=0.0))
+    assert [source.chunk for source in every.sources] == list(range(len(bank)))
+    assert [source.score for source in every.sources] == [step.score for step in every.trace]
+    ungated = model.ask(bank, "who came", reading=ReadingOptions(gate=False, passes=2))
+    assert {step.round for step in ungated.trace} == {0, 1}
+    assert [s.memory for s in ungated.trace][: len(bank)] == [s.memory for s in every.trace]
+
+
+def test_a_folder_whose_gate_does_not_fit(tiny_model, tmp_path):
+    gate = random_gate(tiny_model)
+    LycheeMemory(
+        tiny_model.decoder, tiny_model.tokenizer, tiny_model.raw_config, tiny_model.memory, gate
+    ).save_pretrained(tmp_path)
+    config, weights = tmp_path / "config.json", tmp_path / "gate.safetensors"
+    fields, stored = json.loads(config.read_text()), weights.read_bytes()
+
+    def refused(message, **changes):
+        changed = {n: v for n, v in (fields | changes).items() if v is not None}
+        config.write_text(json.dumps(changed))
+        with pytest.raises((CheckpointError, MemoryConfigError), match=message):
+            LycheeMemory.from_pretrained(tmp_path)
+
+    refused("layers: expected a whole number, got 2.5", lychee_memory_gate_layers=2.5)
+    refused("layers: expected a whole number, got none", lychee_memory_gate_layers=None)
+    refused("layers: expected at most 3, as the model has, got 9", lychee_memory_gate_layers=9)
+    refused("gate_depth: expected no such field, got 3", lychee_memory_gate_depth=3)
+    refused("layers.1.q.a: expected none, got one", lychee_memory_gate_layers=2)
+    refused(r"expected shape \[2, 32\] for this model, got \[4, 32\]", lychee_memory_gate_rank=2)
+    refused("expected fields of the gate", **{n: None for n in fields if "_gate_" in n})
+    weights.write_bytes(stored[:-7])
+    refused("gate.safetensors: expected a gate, got")
+    weights.unlink()
+    refused("expected a gate.safetensors as config.json says, got none")

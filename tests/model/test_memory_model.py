@@ -8,6 +8,7 @@ from lychee import Answer, LycheeMemory, Step
 from lychee.bank import PAGE_TOKENS
 from lychee.chunking import cut_chunks
 from lychee.errors import BankMismatchError, InputError, LycheeError
+from lychee.trace import tells, words
 
 
 def test_cut_chunks_covers_everything_in_order():
@@ -69,13 +70,33 @@ def test_save_and_load_gives_the_same_answer(tiny_model, prose, tmp_path):
 
 
 def test_answer_names_its_sources(tiny_model, prose):
+    """Those whose reading brought a word into the notes that was still there at the end."""
     text = prose(300)
-    answer = tiny_model.ask(tiny_model.remember(text), "who came again")
-    changed = [step for step in answer.trace if step.changed]
-    assert [(s.start, s.stop) for s in answer.sources] == [(s.start, s.stop) for s in changed]
-    assert all(source.quote == text[source.start : source.stop] for source in answer.sources)
-    assert answer.usage.chunks_read == len(answer.trace)
+    for question in ("who came again", "what ran high", "which mast broke"):
+        answer = tiny_model.ask(tiny_model.remember(text), question)
+        final, told = words(answer.trace[-1].memory), []
+        before = known = words(question) | {"none"}
+        for step in answer.trace:
+            if (words(step.memory) - before - known) & final:
+                told.append(step.chunk)
+            before = words(step.memory)
+        assert [source.chunk for source in answer.sources] == told
+        assert all(source.changed for source in answer.sources)
+        assert all(source.quote == text[source.start : source.stop] for source in answer.sources)
+    assert answer.usage.chunks_read == answer.usage.reads == len(answer.trace)
     assert answer.to_dict()["usage"]["text_tokens"] == answer.usage.text_tokens
+    assert answer.usage.chunks_gated == 0 and answer.usage.threshold is None
+
+
+def test_words_of_the_question_in_the_notes_are_no_source():
+    """The first turn often only writes down what is looked for."""
+    known = "What is the code of morning garden? none"
+    assert not tells("none", "morning garden none", known, "morning garden 7312345")
+    assert tells("morning garden none", "morning garden 7312345", known, "morning garden 7312345")
+    assert not tells("morning garden none", "morning garden 999", known, "morning garden 7312345")
+    assert tells(
+        "Mara none", "Mara Tobin Harth none", "Who is Mara's aunt? none", "Mara Tobin Ilse"
+    )
 
 
 def test_stream_ends_with_what_ask_returns(tiny_model, prose):

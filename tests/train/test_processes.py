@@ -3,9 +3,11 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 import torch
@@ -40,22 +42,27 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def in_two(*command):
-    """Run a command as torchrun does, in two processes."""
-    shared = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-    shared["MASTER_PORT"] = str(free_port())
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "lychee", "train", *command],
-            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
+def start(command, **environment):
+    """A process in a session of its own, so that whatever it started can be ended with it."""
+    return subprocess.Popen(
+        [sys.executable, "-m", *command],
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(*processes):
+    """Wait for processes that must succeed; end what is left of them in any case."""
+    try:
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
+        assert {process.returncode for process in processes} == {0}, outputs
+    finally:
+        for process in processes:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def metrics(folder):
@@ -80,7 +87,9 @@ def assert_same_run(folder, one):
 def test_two_processes_give_the_losses_of_one(tmp_path, books, one):
     """Data parallel; begun in two processes and ended in one."""
     folder = run_folder(tmp_path / "run", books)
-    in_two(*arguments(write_recipe(tmp_path, FIRST), folder, books))
+    command = ["lychee", "train", *arguments(write_recipe(tmp_path, FIRST), folder, books)]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    finish(*(start(command, RANK=rank, LOCAL_RANK=rank, **shared) for rank in "01"))
     recipe = write_recipe(tmp_path, WHOLE)
     Pretraining.train(recipe, folder, books=books, resume=True)
     assert_same_run(folder, one)
@@ -91,20 +100,11 @@ def test_sharded_weights_give_the_losses_of_one(tmp_path, books, one):
     pytest.importorskip("accelerate")
     folder = run_folder(tmp_path / "run", books)
     Pretraining.train(write_recipe(tmp_path, FIRST), folder, books=books)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--use_fsdp"]
-    launch += ["--fsdp_version", "2", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    launch += ["--main_process_port", str(free_port()), "-m", "lychee", "train"]
-    recipe = write_recipe(tmp_path, WHOLE)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*launch, *arguments(recipe, folder, books)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    launch = ["accelerate.commands.launch", "--use_fsdp", "--fsdp_version", "2"]
+    launch += ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    launch += ["--dynamo_backend", "no", "--main_process_port", str(free_port())]
+    command = arguments(write_recipe(tmp_path, WHOLE), folder, books)
+    finish(start([*launch, "-m", "lychee", "train", *command]))
     assert_same_run(folder, one)
 
 

@@ -10,6 +10,7 @@ import torch
 from small_reader import MEMORY, episode_sampler, small_reader
 
 from lychee.compressor import MemoryTensors
+from lychee.errors import InputError
 from lychee.train.objective import (
     Signal,
     clipped_objective,
@@ -216,6 +217,13 @@ def test_worlds_ask_for_facts_in_their_order():
     for question in batch.questions:
         chunks = batch.chunks[question.text].tolist()
         assert any(question.answer in model.tokenizer.decode(chunk) for chunk in chunks)
+
+
+def test_chunks_too_short_for_any_fact_are_refused():
+    sampler = episode_sampler(small_reader(), worlds=1.0, hops=(0.0, 0.0, 0.0, 1.0))
+    sampler.chunk = 8
+    with pytest.raises(InputError, match="chunk: expected room for 2 facts and more, got 8"):
+        sampler.draw(1)
 
 
 def test_parts_of_a_batch_are_whole():

@@ -22,6 +22,7 @@ from small_run import (
     write_recipe,
 )
 
+from lychee import cli
 from lychee.errors import CheckpointError, InputError, TrainingError
 from lychee.train.pretrain import Pretraining, PretrainRecipe
 
@@ -225,6 +226,18 @@ def test_learning_rate_is_linear_within_stages(tmp_path):
 def test_bad_recipes(tmp_path, change, message):
     with pytest.raises(InputError, match=message):
         PretrainRecipe.load(write_recipe(tmp_path, RECIPE.replace(*change)))
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "sft", "rl"])
+def test_commands_report_mistakes_in_one_line(tmp_path, books, capsys, monkeypatch, kind):
+    recipe = str(write_recipe(tmp_path, RECIPE.replace("seed", "sead")))
+    arguments = ["lychee", "train", kind, recipe, "--out", str(tmp_path / "run")]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--books", str(books)])
+    assert cli.run() == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"lychee: error: {recipe}: sead: expected one of seed, ")
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_nothing_to_start_from_is_refused(tmp_path, books):

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`lychee eval` and `lychee bench reproduce`: tables, files, resuming, and mistakes in one line."""
+
+import json
+import re
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from lychee import cli
+
+SMALL = ("--length", 256, "--questions", 5)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """The command in this process: a process of its own would import torch anew for each call."""
+
+    def run_here(*arguments):
+        monkeypatch.setattr(sys, "argv", ["lychee", *map(str, arguments)])
+        status = cli.run()
+        return SimpleNamespace(returncode=status, **capsys.readouterr()._asdict())
+
+    return run_here
+
+
+@pytest.fixture
+def evaluate(run, model_folder):
+    return lambda *arguments: run("eval", *arguments, "--model", model_folder)
+
+
+def test_needles_give_a_table_and_files_and_resume(evaluate, book_file, tmp_path):
+    out = tmp_path / "results"
+    call = ("needles", book_file, *SMALL, "--length", 400, "--ratio", 4, "--ratio", 2, "--out", out)
+    first = evaluate(*call)
+    assert first.returncode == 0, first.err
+    header, _, *rows = first.out.splitlines()
+    assert header.startswith("| tokens | ratio | exact | 95% interval | single-key | multi-key |")
+    assert [row.split(" | ")[:2] for row in rows] == [
+        ["| 256", "4"],
+        ["| 400", "4"],
+        ["| 256", "2"],
+        ["| 400", "2"],
+    ]
+    assert all("/5)" in row for row in rows)
+    results = json.loads((out / "results.json").read_text())
+    assert [cell["questions"] for cell in results["cells"]] == [5] * 4
+    assert results["settings"]["files"].keys() == {"book.txt"}
+    table = (out / "table.md").read_text()
+    assert first.out in table and table.startswith("    lychee eval needles")
+    records = (out / "records.jsonl").read_text()
+    assert len(records.splitlines()) == 20
+    # The same again asks nothing: not even the times change.
+    again = evaluate(*call)
+    assert again.out == first.out and (out / "records.jsonl").read_text() == records
+    other = evaluate(*call, "--seed", 1)
+    assert other.returncode == 2 and other.out.count("\n") == 0
+    assert "run.json: seed: expected 0 as in the run that is there, got 1" in other.err
+
+
+def test_tasks_with_settings_as_json(evaluate, book_file):
+    done = evaluate(
+        "vt,niah_multikey_1,hops_2",
+        book_file,
+        *SMALL,
+        "--split",
+        "train",
+        "--json",
+        "--metric",
+        "f1",
+    )
+    assert done.returncode == 0, done.err
+    report = json.loads(done.out)
+    tasks = [(cell["task"], cell["metric"], cell["questions"]) for cell in report["cells"]]
+    assert tasks == [(task, "f1", 5) for task in ("vt", "niah_multikey_1", "hops_2")]
+    done = evaluate("vt", book_file, *SMALL, "--split", "all", "--set", "hops=2", "--json")
+    assert json.loads(done.out)["settings"]["difficulty"] == {"hops": 2}
+
+
+def test_a_file_of_ones_own(evaluate, text, tmp_path):
+    path = tmp_path / "own.jsonl"
+    record = {"context": text[:1500], "question": "what is there", "answers": ["nothing"]}
+    path.write_text(f"{json.dumps(record)}\n{json.dumps(record | {'metric': 'f1'})}\n")
+    done = evaluate("own", path, "--method", "ours", "--method", "memagent")
+    assert done.returncode == 0, done.err
+    header, _, *rows = done.out.splitlines()
+    assert header.startswith("| method | tokens | ratio | score |")
+    assert [row.split(" | ")[0] for row in rows] == ["| ours", "| memagent"]
+    path.write_text(f"{json.dumps(record)}\n{{}}\n")
+    done = evaluate("own", path)
+    assert done.returncode == 2 and "own.jsonl: line 2: expected the field context" in done.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("niah",), "task: expected one of ruler, multihop, needles, niah_single_1, "),
+        (("vt", "--metric", "bleu"), "metric: expected one of exact_match, "),
+        (("vt", "--method", "magic"), "method: expected one of ours, "),
+        (("vt", "--set", "hops"), "--set: expected NAME=VALUE, got 'hops'"),
+        (("vt", "--set", "keys=2"), "vt: expected settings of haystack, chains, hops, shuffled"),
+        (
+            ("vt", "--split", "dev"),
+            "split: expected one of train, validation, test, all, got",
+        ),
+        (("hops_2", "--set", "keys=2"), "hops_2: expected settings of distractors, surnames"),
+        (("hops_2", "--split", "all"), "hops_2: split: expected one of train, validation, test"),
+        (("own", "missing.jsonl"), "missing.jsonl: expected a text file, got: No such file"),
+        (("vt", "--plots"), "--plots: expected --out DIR"),
+    ],
+)
+def test_mistakes_are_one_line(evaluate, arguments, message):
+    done = evaluate(*arguments)
+    assert done.returncode == 2 and done.out == ""
+    assert message in done.err and len(done.err.splitlines()) == 1
+
+
+def test_reproduction_at_its_smallest(run, model_folder, book_file, tmp_path):
+    curve = tmp_path / "metrics.jsonl"
+    lines = [{"step": step, "reward": step / 20} for step in range(20)]
+    curve.write_text("".join(json.dumps(line) + "\n" for line in [{"step": 0}, *lines]))
+    out = tmp_path / "out"
+    call = ("bench", "reproduce", book_file, "--quick", "--task", "needles", "--trained", curve)
+    call += ("--no-plots", "--out", out, "--model", model_folder)
+    done = run(*call)
+    assert done.returncode == 0, done.err
+    report = json.loads((out / "reproduce.json").read_text())
+    ran = {(cell["method"], cell["length"], cell["ratio"]) for cell in report["cells"]}
+    ours = {("ours", length, 4) for length in (512, 1024)} | {("ours", 1024, 16)}
+    others = {(name, n, None) for name in ("memagent", "full_context") for n in (512, 1024)}
+    assert ran == ours | others and report["refused"] == []
+    here = {row["what"]: row["here"] for row in report["comparison"]}
+    assert here["compressor"] == "trained: ends at 0.925 (1 runs)"
+    # Which length is best differs from run to run; both were measured.
+    assert re.fullmatch(
+        r"from nothing [\d.]+x at [\d,]+ tokens.*; with the bank at hand [\d.]+x at .*",
+        here["speed"],
+    )
+    assert here["ratio"].count("%") == 2
+    markdown = (out / "report.md").read_text()
+    assert done.out == markdown and "| speed | up to 6x faster than MemAgent |" in markdown
+    assert run(*call).out == markdown
+
+
+def test_methods_that_refuse_a_length_are_reported(run, model_folder, book_file, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in model_folder.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 700}))
+    call = ("bench", "reproduce", book_file, "--quick", "--task", "needles", "--no-plots")
+    done = run(*call, "--ratio", 4, "--out", tmp_path / "out", "--model", folder)
+    assert done.returncode == 0, done.err
+    assert "full_context at 1,024 tokens: needles, 1024 tokens, text 1: full_context: " in done.out
