@@ -140,6 +140,11 @@ def prepare(
         started = time.perf_counter()
         bank = MemoryBank.open(banks[0], tier=tier)
         opened = time.perf_counter() - started
+        if not len(bank):
+            raise InputError(
+                f"{bank.path}: expected documents, got an empty bank",
+                "put some in with 'lychee add'",
+            )
         if bank_dtype not in ("auto", bank.dtype):
             raise InputError(
                 f"bank-dtype: expected {bank.dtype}, which {bank.path} has, got {bank_dtype}"

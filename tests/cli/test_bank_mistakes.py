@@ -111,6 +111,12 @@ def test_unknown_document(refuse, bank, answer_of):
     assert answer_of("info", bank) == before
 
 
+def test_bank_without_documents(refuse, bank, options, answer_of):
+    answer_of("rm", bank, *(document["name"] for document in answer_of("info", bank)["documents"]))
+    line = refuse("ask", bank, *QUESTION, *options)
+    assert line.startswith(f"{bank}: expected documents, got an empty bank; ")
+
+
 def test_ratio_that_is_not_the_banks(refuse, bank, options):
     line = refuse("ask", bank, *QUESTION, *options, "--ratio", 8)
     assert line == f"ratio: expected 4, which {bank} was built with, got 8"

@@ -68,6 +68,11 @@ def test_page_without_gate_shows_reads_and_changes(page_of):
     assert "Chunk 4" in text and "Chunk 5" not in text
 
 
+def test_page_of_no_chunks(page_of):
+    text = Elements(page_of(make_answer(0))).text
+    assert "0 of 0 chunks read" in text and "No chunk changed the notes" in text
+
+
 def test_page_of_several_questions_links_to_each(page_of):
     page = page_of(make_answer(5, word="tide"), make_answer(5, word="wind", text=""))
     assert 'href="#answer-1"' in page and 'id="answer-1"' in page
