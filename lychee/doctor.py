@@ -44,7 +44,7 @@ def examine() -> dict[str, Any]:
         "versions": versions,
         "machine": describe_machine(),
         "torch": None if torch is None else describe_torch(torch),
-        "kernels": describe_kernels(torch, problems),
+        "kernels": describe_kernels(torch, problems, hints),
         "gpu": describe_gpu(torch, hints),
         "model": describe_model(problems),
     }
@@ -141,7 +141,9 @@ def describe_torch(torch) -> dict[str, Any]:
     }
 
 
-def describe_kernels(torch, problems: list[dict[str, str]]) -> dict[str, Any]:
+def describe_kernels(
+    torch, problems: list[dict[str, str]], hints: list[dict[str, str]]
+) -> dict[str, Any]:
     """The compiled libraries, the instruction set in use, and the backend of each op."""
     spec = util.find_spec("lychee_kernels")
     folder = Path(spec.origin).parent if spec and spec.origin else None
@@ -165,6 +167,8 @@ def describe_kernels(torch, problems: list[dict[str, str]]) -> dict[str, Any]:
         report(problems, f"LYCHEE_CPU_ISA: {error}".splitlines()[0], "unset LYCHEE_CPU_ISA")
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     found["backends"] = {device: kernels.backends(device) for device in devices}
+    if "cuda" in devices and not any("_C_cuda" in name for name in libraries):
+        report(hints, "_C_cuda.so: not built, though there is a GPU", f"LYCHEE_CUDA=1 {BUILD}")
     for device, backends in found["backends"].items():
         missing = sorted(op for op, backend in backends.items() if backend == "none")
         if missing:

@@ -124,8 +124,10 @@ def is_text(text: str) -> bool:
 
 def read_file(path: Path) -> Document:
     """One UTF-8 text file; "-" is standard input."""
+    standard = str(path) == STANDARD_INPUT
+    if standard and sys.stdin is None:
+        raise InputError(f"{path}: expected standard input, got none")
     try:
-        standard = str(path) == STANDARD_INPUT
         data = sys.stdin.buffer.read() if standard else Path(path).read_bytes()
     except OSError as error:
         raise InputError(f"{path}: expected a text file, got: {error.strerror}") from error

@@ -2,10 +2,13 @@
 """The Gate: which chunks are worth reading for a question, given the working memory.
 
 It reads [chunk memory; update prompt; notes] with the decoder and low-rank adapters of its own, as
-if the notes were to be written again unchanged, and a linear head gives one logit. Two things keep
-it far cheaper than a reading turn: only the last few positions (the tail) look into the chunk and
-are adapted, so that everything before them is computed once for all chunks; and it may use only the
-first layers.
+if the notes were to be written again unchanged. A linear head sees, at each position that a token
+of the notes follows, the activations and how strongly that token is expected: where a chunk tells
+something new, it is not. The log-sum-exp over these positions is the logit.
+
+Two things keep the gate far cheaper than a reading turn: only the last few positions (the tail)
+look into the chunk and are adapted, so that everything before them is computed once for all chunks;
+and it may use only the first layers. There is no vocabulary projection.
 """
 
 from __future__ import annotations
@@ -25,6 +28,8 @@ from lychee.lora import LoraLinear, LowRank
 
 # Tokens of prompts in one pass over several questions, which bounds its activations.
 PASS_TOKENS = 4096
+# Of the head's inputs, so that one learning rate suits the head and the adapters.
+HEAD_SCALE = 4.0
 
 
 @dataclass(frozen=True)
@@ -229,7 +234,7 @@ class Gate(nn.Module):
             out, _ = lk.memory_attention(q, k, v, valid=valid, **pages.attention_arguments(index))
             x = close(layer, linears, x, out)
         expected = self.decoder.model.norm(x) * spread(prompts.following)
-        x = F.rms_norm(x.float(), x.shape[-1:])
+        x = HEAD_SCALE * F.rms_norm(x.float(), x.shape[-1:])
         scores = self.head(torch.cat((x, expected.float().sum(-1, keepdim=True)), dim=-1))[..., 0]
         return scores.masked_fill(~spread(prompts.counts), float("-inf")).logsumexp(dim=1)
 

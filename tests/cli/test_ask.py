@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 
 import lychee_kernels
-from lychee import LycheeMemory
+from lychee import LycheeMemory, Source, Step
+from lychee.gate import Gate, GateConfig
 from lychee.generate import Sampling
 from lychee.memory_model import SHIPPED_MODEL
 
@@ -38,7 +39,10 @@ def test_ask_prints_the_answer_alone_on_standard_output(run, text_file, model_fo
     answer = model.ask(model.remember(text_file), QUESTION)
     assert result.stdout == answer.text + "\n"
     assert f"{answer.usage.text_tokens:,} tokens remembered" in result.stderr
-    assert f"notes changed at {text_file}, characters" in result.stderr
+    spans = [f"{source.start:,} to {source.stop:,}" for source in answer.sources]
+    assert spans
+    for span in spans:
+        assert f"notes changed at {text_file}, characters {span}" in result.stderr
     assert "Traceback" not in result.stderr
 
 
@@ -54,13 +58,15 @@ def test_ask_json_is_one_object(answer_of, tmp_path, text_file, model_folder):
     assert len(steps) == answer["usage"]["chunks"] > 2
     assert [step["chunk"] for step in steps] == list(range(len(steps)))
     assert {step["document"] for step in steps} == set(map(str, files))
-    changed = [[step["start"], step["stop"]] for step in steps if step["changed"]]
-    assert [[source["start"], source["stop"]] for source in answer["sources"]] == changed
+    model = LycheeMemory.from_pretrained(model_folder)
+    expected = model.ask(model.remember(files), QUESTION)
+    assert [Step(**step) for step in steps] == expected.trace
+    assert [Source(**source) for source in answer["sources"]] == expected.sources != []
 
 
-def test_ask_reads_standard_input(run, text_file, model_folder):
-    arguments = ("ask", "-", "-q", QUESTION, "--model", model_folder, "--json")
-    piped = json.loads(run(*arguments, input=text_file.read_text()).stdout)
+def test_ask_reads_standard_input(answer_of, text_file, model_folder):
+    arguments = ("ask", "-", "-q", QUESTION, "--model", model_folder)
+    piped = answer_of(*arguments, input=text_file.read_bytes())
     model = LycheeMemory.from_pretrained(model_folder)
     answer = model.ask(model.remember(text_file), QUESTION)
     assert piped["text"] == answer.text
@@ -68,27 +74,28 @@ def test_ask_reads_standard_input(run, text_file, model_folder):
     assert piped["trace"][0]["document"] == "-"
 
 
-def test_ask_options_reach_the_model(run, tmp_path, text, model_folder):
+def test_ask_options_reach_the_model(answer_of, tmp_path, text, model_folder):
     path = tmp_path / "short.txt"
     path.write_text(text[:1500])
     options = ("--temperature", 2, "--top-k", 50, "--top-p", 0.9, "--seed", 3)
     options += ("--max-new-tokens", 3, "--ratio", 8)
-    result = run("ask", path, "-q", QUESTION, "--model", model_folder, "--json", *options)
-    answer = json.loads(result.stdout)
+    answer = answer_of("ask", path, "-q", QUESTION, "--model", model_folder, *options)
     assert answer["ratio"] == 8
     whole = LycheeMemory.from_pretrained(model_folder, ratio=8)
     memory = replace(whole.memory, answer=3)
     model = LycheeMemory(whole.decoder, whole.tokenizer, whole.raw_config, memory)
     bank = model.remember(path)
     expected = model.ask(bank, QUESTION, sampling=Sampling(2.0, 50, 0.9, 3))
-    assert answer["trace"] == expected.to_dict()["trace"]
+    seconds = [step.pop("seconds") for step in answer["trace"]]
+    assert seconds == sorted(seconds)
+    assert [Step(**step) for step in answer["trace"]] == expected.trace
     assert answer["text"] == expected.text
     assert expected.trace != model.ask(bank, QUESTION).trace
     longer = whole.ask(whole.remember(path), QUESTION, sampling=Sampling(2.0, 50, 0.9, 3))
     assert len(longer.text) > len(answer["text"]) > 0
 
 
-def test_untrained_folder_warns(run, tmp_path, text_file, model_folder):
+def test_untrained_folder_warns(invoke, tmp_path, text_file, model_folder):
     """A folder without memory parameters works, and says what its answers are worth."""
     from safetensors.torch import load_file, save_file
 
@@ -97,10 +104,10 @@ def test_untrained_folder_warns(run, tmp_path, text_file, model_folder):
     tensors = load_file(model_folder / "model.safetensors")
     kept = {name: tensor for name, tensor in tensors.items() if "lychee_memory_" not in name}
     save_file(kept, tmp_path / "model.safetensors")
-    result = run("ask", text_file, "-q", QUESTION, "--model", tmp_path, "--json")
-    assert result.returncode == 0
-    assert json.loads(result.stdout)["trained"] is False
-    assert f"lychee: warning: {tmp_path}: has no trained memory" in result.stderr
+    result = invoke("ask", text_file, "-q", QUESTION, "--model", tmp_path, "--json")
+    assert result.status == 0
+    assert json.loads(result.out)["trained"] is False
+    assert f"lychee: warning: {tmp_path}: has no trained memory" in result.errors
 
 
 def test_closed_pipe_is_quiet(start, text_file, model_folder):
@@ -123,3 +130,20 @@ def test_shipped_model_finds_a_fact(run, tmp_path):
     assert result.returncode == 0
     assert result.stdout == "4820193\n"
     assert "morning garden is 4820193" in result.stderr
+
+
+def test_gate_options_reach_the_loop(run, text_file, model_folder, tmp_path):
+    model = LycheeMemory.from_pretrained(model_folder)
+    model.gate = Gate(model.decoder, GateConfig(layers=2, opening=1, threshold=0.0)).eval()
+    model.save_pretrained(tmp_path)
+    arguments = ("ask", text_file, "-q", QUESTION, "--model", tmp_path, "--json")
+    answer = json.loads(run(*arguments, "--gate-threshold", 1, "--passes", 2).stdout)
+    chunks = answer["usage"]["chunks"]
+    # Its head is zero: every chunk has even odds.
+    assert [step["score"] for step in answer["trace"][:chunks]] == [None] + [0.5] * (chunks - 1)
+    assert {step["round"] for step in answer["trace"]} == {0, 1}
+    assert answer["usage"]["chunks_read"] == 1 and answer["usage"]["threshold"] == 1
+    every = json.loads(run(*arguments, "--no-gate").stdout)
+    assert every["usage"]["chunks_read"] == chunks and every["usage"]["threshold"] is None
+    refused = run("ask", text_file, "-q", QUESTION, "--model", model_folder, "--gate-threshold", 1)
+    assert refused.returncode == 2 and "threshold: expected a model with a gate" in refused.stderr

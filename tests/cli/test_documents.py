@@ -68,6 +68,11 @@ def test_standard_input_is_a_document(monkeypatch):
     assert read_documents([Path("-")]) == [Document("-", "Café")]
 
 
+def test_closed_standard_input(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert refused("-") == "-: expected standard input, got none"
+
+
 def test_text_and_documents_pass_as_they_are():
     assert read_documents("some text") == [Document("text", "some text")]
     documents = [Document("a", "one"), Document("b", "two")]
