@@ -42,6 +42,7 @@ def test_needles_give_a_table_and_files_and_resume(evaluate, book_file, tmp_path
     results = json.loads((out / "results.json").read_text())
     assert [cell["questions"] for cell in results["cells"]] == [5, 5]
     assert results["settings"]["files"].keys() == {"book.txt"}
+    assert {"threads", "torch", "lychee", "commit"} <= results["machine"].keys()
     table = (out / "table.md").read_text()
     assert first.out in table and table.startswith("    lychee eval needles")
     records = (out / "records.jsonl").read_text()
