@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -64,6 +65,8 @@ class Processes:
         self.rank = int(environment.get("RANK", "0"))
         local = int(environment.get("LOCAL_RANK", "0"))
         kind = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cuda" and kind == "cpu":
+            raise InputError("device: expected cpu, as torch sees no GPU here, got cuda")
         if device != "auto":
             kind = device
         self.device = torch.device(f"cuda:{local}" if kind == "cuda" else kind)
@@ -93,7 +96,7 @@ class Processes:
         if self.shard:
             # One group, gathered once a step: a group per layer would be gathered as often as the
             # layer is called, and processes whose turns differ in number call it differently often.
-            return fully_shard(module)
+            return fully_shard(module, mesh=init_device_mesh(self.device.type, (self.count,)))
         # Every process makes its own rotary tables, as long as it needs; torch 2.13 has a new name.
         names = ("forward_sync_buffers", "broadcast_buffers")
         known = inspect.signature(DistributedDataParallel).parameters

@@ -25,7 +25,7 @@ from lychee.train.checkpoint import capture, check_state, load_state, restore, s
 from lychee.train.metrics import Averages, MetricsLog, Value
 from lychee.train.processes import Processes
 from lychee.train.recipe import Recipe
-from lychee.train.start import identity, load_books, load_samples, starting_model
+from lychee.train.start import fingerprint, identity, load_books, load_samples, starting_model
 
 
 class Batch(Protocol):
@@ -74,6 +74,7 @@ class TrainingRun:
             self.texts = [sample.context for sample in self.samples]
         else:
             self.texts = load_books(books, recipe.books)
+        self.fingerprint = fingerprint(self.texts, self.samples)
         if not self.processes.first:
             self.processes.wait()
         self.model: LycheeMemory = starting_model(recipe, self.texts, folder, start)
@@ -196,7 +197,7 @@ class TrainingRun:
 
     def description(self, step: int) -> dict[str, Any]:
         """What a checkpoint of this run at `step` says about itself."""
-        recipe = self.recipe.begun(step)
+        recipe = self.recipe.begun(step) | {"texts": self.fingerprint}
         return {"kind": self.kind, "model": self.identity, "recipe": recipe}
 
     def save(self) -> None:

@@ -54,6 +54,16 @@ def load_books(folder: Path | None, patterns: tuple[str, ...]) -> list[str]:
     return [path.read_text(encoding="utf-8", errors="replace") for path in paths]
 
 
+def fingerprint(texts: list[str], samples: list[TaskSample]) -> str:
+    """Tells the texts and questions of a run from others: a resumed run must have the same."""
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(text.encode("utf-8", "surrogatepass"))
+    for sample in samples:
+        digest.update(repr((sample.question, sample.answers, sample.support)).encode())
+    return digest.hexdigest()
+
+
 def new_model(recipe: Recipe, texts: list[str], folder: Path) -> LycheeMemory:
     """A model from nothing; its tokenizer is trained on the texts and kept in the run's folder."""
     if (folder / "tokenizer.json").is_file():
