@@ -8,6 +8,7 @@ weights, gradients and optimiser state are spread over the processes (FSDP2).
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -171,3 +172,19 @@ class Processes:
     def leave(self) -> None:
         if self.count > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """A batch with its tensors on `device`: looks into dataclasses, lists, tuples and dicts."""
+    if device.type == "cpu":
+        return value
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        return dataclasses.replace(value, **{n: to_device(v, device) for n, v in fields.items()})
+    if isinstance(value, (list, tuple)):
+        return type(value)(to_device(item, device) for item in value)
+    if isinstance(value, dict):
+        return {name: to_device(item, device) for name, item in value.items()}
+    return value

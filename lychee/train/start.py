@@ -133,12 +133,16 @@ def starting_model(
     return folder_model(recipe, SHIPPED_MODEL if shipped else chosen)
 
 
-def identity(model: LycheeMemory, modules: nn.Module) -> dict[str, Any]:
-    """What a checkpoint must agree with: the decoder's shape, and the weights it does not hold."""
-    shape = dict(vars(model.decoder.config))
+def identity(model: LycheeMemory) -> dict[str, Any]:
+    """The decoder's shape and the memory's own projections, which a checkpoint must agree with."""
+    return dict(vars(model.decoder.config)) | {"memory_param": model.memory.param}
+
+
+def frozen_fingerprint(modules: nn.Module) -> str:
+    """Tells frozen weights, which no checkpoint holds, from those of another start."""
     digest = hashlib.sha256()
     for name, parameter in modules.named_parameters():
         if not parameter.requires_grad:
             start = parameter.detach().flatten()[:FINGERPRINTED].float().cpu()
             digest.update(name.encode() + start.numpy().tobytes())
-    return shape | {"memory_param": model.memory.param, "frozen_weights": digest.hexdigest()}
+    return digest.hexdigest()

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Episodes from files of questions: what supports an answer is always among the chunks."""
 
+import json
 import random
 
 import pytest
+from small_run import small_run, write_recipe
 
 from lychee.data.file_episodes import EncodedSample, FileEpisodes, encode_samples
 from lychee.data.task import TaskSample, split_of
 from lychee.errors import InputError
+from lychee.train.rl import Reinforcement
 
 
 def sample(number, length, support, split="train"):
@@ -72,3 +75,45 @@ def test_samples_become_tokens_with_their_support():
     assert encoded.split == split_of(" Which? ")
     with pytest.raises(InputError, match="own: question: expected at most 5 tokens, got 6"):
         encode_samples([record], Letters(), 5)
+
+
+RECIPE = """
+evaluate_every = 1
+evaluated_texts = 2
+dump_every = 1
+
+[data]
+files = ["questions.jsonl"]
+format = "own"
+
+[memory]
+size = 4
+answer = 3
+
+[[stage]]
+steps = 1
+texts = 2
+questions = 1
+group = 2
+chunks = 2
+facts = [1, 1]
+learning_rate = [1e-4, 1e-4]
+"""
+
+
+def test_a_file_trains_by_reinforcement(tmp_path, books):
+    small_run(tmp_path / "first", books).export()
+    words = (books / "book.txt").read_text().split()[:400]
+    with (tmp_path / "questions.jsonl").open("w") as file:
+        for place in range(40):
+            fields = {"context": " ".join(words[place:][:60]), "question": words[place] + "?"}
+            file.write(json.dumps(fields | {"answers": [words[place + 3]]}) + "\n")
+    recipe = write_recipe(tmp_path, RECIPE)
+    run, start = tmp_path / "run", tmp_path / "first" / "model"
+    Reinforcement.train(recipe, run, books=tmp_path, start=start)
+    asked = [json.loads(line) for line in (run / "rollouts.jsonl").read_text().splitlines()]
+    assert len(asked) == 2
+    for line in asked:
+        assert split_of(line["question"]) == "train"
+        assert line["expected"] in words
+    assert (run / "evaluations.jsonl").is_file()
