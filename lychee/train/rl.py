@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from lychee.data.episodes import EpisodeBatch, EpisodeSampler, split_book
+from lychee.data.file_episodes import FileEpisodes, encode_samples
 from lychee.data.needles import word_list
 from lychee.data.recall import RecallSampler
 from lychee.decoder import Decoder
@@ -41,7 +42,7 @@ from lychee.train.objective import (
 from lychee.train.rl_recipe import ReinforcementRecipe, ReinforcementStage
 from lychee.train.rollouts import Policy, Rollout, describe, roll_out
 from lychee.train.run import TrainingRun
-from lychee.train.start import identity
+from lychee.train.start import frozen_fingerprint
 
 # Texts rolled out at once in an evaluation.
 EVALUATED_TEXTS = 16
@@ -82,10 +83,13 @@ class Reinforcement(TrainingRun):
     def prepare(self) -> None:
         recipe = self.recipe
         self.reference = copy.deepcopy(self.decoder).to(self.device).requires_grad_(False).eval()
-        encoded = [self.tokenizer.encode(text) for text in self.texts]
-        books = [split_book(book, recipe.held_out) for book in encoded]
-        self.sampler = self.new_sampler([front for front, _ in books], self.random)
-        exam = self.new_sampler([end for _, end in books], random.Random(EXAM_SEED))
+        self.records = encode_samples(self.samples, self.tokenizer, self.model.memory.question)
+        self.sampler = exam = None
+        if not self.records:
+            encoded = [self.tokenizer.encode(text) for text in self.texts]
+            books = [split_book(book, recipe.held_out) for book in encoded]
+            self.sampler = self.new_sampler([front for front, _ in books], self.random)
+            exam = self.new_sampler([end for _, end in books], random.Random(EXAM_SEED))
         drawn = self.episodes(recipe.stages[-1], exam, "test")
         sizes = batch_sizes(recipe.evaluated_texts, EVALUATED_TEXTS)
         self.exam = [drawn.draw(size) for size in sizes]
@@ -107,9 +111,14 @@ class Reinforcement(TrainingRun):
         return RecallSampler(self.tokenizer, prompts, long_enough, words, draw)
 
     def episodes(
-        self, stage: ReinforcementStage, sampler: RecallSampler, split: str
-    ) -> EpisodeSampler:
-        return EpisodeSampler(sampler, stage, self.model.memory.chunk, split)
+        self, stage: ReinforcementStage, sampler: RecallSampler | None, split: str
+    ) -> EpisodeSampler | FileEpisodes:
+        """Episodes of a split of the recipe's files, or where it has none generated ones."""
+        chunk = self.model.memory.chunk
+        if not self.records:
+            return EpisodeSampler(sampler, stage, chunk, split)
+        draw = self.random if split == "train" else random.Random(EXAM_SEED)
+        return FileEpisodes(self.records, stage.chunks, chunk, split, draw)
 
     def trains(self, name: str) -> bool:
         return not (self.recipe.freeze_compressor and "lychee_memory_" in name)
@@ -240,8 +249,7 @@ class Reinforcement(TrainingRun):
     def description(self, step: int) -> dict[str, Any]:
         """As for every training; also which weights it began with, from which it is held back."""
         found = super().description(step)
-        began = identity(self.model, self.reference)["frozen_weights"]
-        return found | {"model": found["model"] | {"start": began}}
+        return found | {"start": found["start"] | {"weights": frozen_fingerprint(self.reference)}}
 
     def state(self) -> dict[str, Any]:
         return {"generator": self.generator.get_state()}
