@@ -124,6 +124,7 @@ def test_add_replace_remove(tiny_model, prose, tmp_path):
     assert verify_bank(tmp_path) == [] and litter(tmp_path) == set()
     bank.remove([a.name, b.name])
     assert len(bank) == len(bank.manifest.segments) == 0
+    assert isinstance(tiny_model.ask(bank, "who").text, str), "an empty bank answers as well"
     bank.add([c])
     assert bank.documents[0].text == c.text and bank.describe()["unfinished"] is None
 
