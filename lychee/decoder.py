@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -218,8 +217,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig, memory_param: tuple[str, ...] = ()):
         super().__init__()
-        self.config = config
-        self.folder: Path | None = None  # where the parameters were loaded from
+        self.config, self.folder = config, None  # folder: where the parameters were loaded from
         self.model = Backbone(config, memory_param)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
