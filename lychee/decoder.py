@@ -274,8 +274,7 @@ class Decoder(nn.Module):
         x = self.model.embed_tokens(ids)
         for index, layer in enumerate(self.model.layers):
             last = index == len(self.model.layers) - 1
-            h = layer.input_layernorm(x)
-            attention = layer.self_attn
+            attention, h = layer.self_attn, layer.input_layernorm(x)
             k, v = (attention.project(letter, h).transpose(1, 2) for letter in "kv")
             k = rotate(k, cos, sin)
             if cache is not None:
@@ -287,8 +286,7 @@ class Decoder(nn.Module):
             arguments = pages.attention_arguments(index) if pages is not None else {}
             out, _ = lk.memory_attention(q, k, v, valid=valid, **arguments)
             out = out.transpose(1, 2).flatten(2)
-            if last and select is not None:
-                x, out = x[select], out[select]
+            x, out = (x[select], out[select]) if last and select is not None else (x, out)
             x = x + attention.o_proj(out)
             x = x + layer.mlp(layer.post_attention_layernorm(x))
         if cache is not None:
