@@ -3,9 +3,11 @@
 
     python benchmarks/reinforcement.py base OUT
     python benchmarks/reinforcement.py end-to-end OUT --seed 0     also: frozen, supervised
+    python benchmarks/reinforcement.py exam OUT
     python benchmarks/reinforcement.py report OUT
 
-Every part goes on from its last checkpoint in OUT. `report` writes results/rl-curves.json, and
+Every part goes on from its last checkpoint in OUT. `exam` asks every run's last weights more
+held-out questions than the evaluations on the way do. `report` writes results/rl-curves.json, and
 rl-curves.png where matplotlib is installed.
 """
 
@@ -18,6 +20,8 @@ import statistics
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from lychee.eval.report import machine
 from lychee.tokenizer import TextTokenizer
@@ -34,6 +38,8 @@ VOCABULARY = 1536
 SUPERVISED_STEPS = 50
 # Evaluations at the end of a run whose mean counts as its accuracy.
 AVERAGED = 3
+# Held-out texts of the exam, four questions each.
+EXAM_TEXTS = 128
 
 
 def make_base(out: Path) -> None:
@@ -67,19 +73,42 @@ def supervise(out: Path, seed: int) -> None:
     start = out / "base" / "model"
     run = Pretraining(recipe, folder, books=out / "books", start=start)
     rules = ReinforcementRecipe.load(RECIPES / "rl.toml")
-    exam = Reinforcement(rules, folder, books=out / "books", start=start)
-    exam.decoder = run.decoder
+    judge = Reinforcement(rules, folder, books=out / "books", start=start)
+    judge.decoder = run.decoder
     if run.state_path.exists():
         run.resume()
     while run.step <= recipe.total_steps:
         if run.step % SUPERVISED_STEPS == 0:
-            exam.seconds = run.seconds
-            exam.evaluate(run.step)
+            judge.seconds = run.seconds
+            judge.evaluate(run.step)
             run.save()
         if run.step == recipe.total_steps:
             return
         run.train_step()
         run.step += 1
+
+
+def exam(out: Path) -> None:
+    """Greedy accuracy of every run, written to exam.json in its folder."""
+    rules = ReinforcementRecipe.load(RECIPES / "rl.toml")
+    for folder in [out / "base", *sorted(path.parent for path in out.glob("*-*/state.pt"))]:
+        frozen = folder.name.startswith("frozen")
+        changes = {"evaluated_texts": EXAM_TEXTS, "freeze_compressor": frozen}
+        run = Reinforcement(
+            replace(rules, **changes),
+            out / "exam",
+            books=out / "books",
+            start=out / "base" / "model",
+        )
+        state = torch.load(folder / "state.pt", weights_only=True)
+        with torch.no_grad():
+            for name, parameter in run.modules.named_parameters():
+                if name in state["weights"]:
+                    parameter.copy_(state["weights"][name])
+        result = {"step": state["step"], "accuracy": run.evaluate(state["step"])}
+        result["questions"] = sum(len(batch.questions) for batch in run.exam)
+        (folder / "exam.json").write_text(json.dumps(result))
+        print(folder.name, json.dumps(result), flush=True)
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -92,8 +121,9 @@ def report(out: Path) -> None:
     for folder in sorted(path.parent for path in out.glob("*-*/state.pt")):
         kind, _, seed = folder.name.rpartition("-")
         lines = {line["step"]: line for line in read_lines(folder / "evaluations.jsonl")}
-        metrics = folder / "metrics.jsonl"
+        metrics, exam_path = folder / "metrics.jsonl", folder / "exam.json"
         run = {"kind": kind, "seed": int(seed), "evaluations": list(lines.values())}
+        run["exam"] = json.loads(exam_path.read_text()) if exam_path.exists() else None
         runs.append(run | {"metrics": read_lines(metrics) if metrics.exists() else []})
     reinforced = [run for run in runs if run["kind"] != "supervised"]
     last = min(run["evaluations"][-1]["step"] for run in reinforced)
@@ -130,6 +160,9 @@ def summary(runs: list[dict]) -> dict:
             continue
         found[kind] = {"mean": statistics.mean(ends), "least": min(ends), "most": max(ends)}
         late = [line["reward"] for run in chosen for line in run["metrics"][-AVERAGED:]]
+        exams = [run["exam"]["accuracy"] for run in chosen if run["exam"]]
+        if exams:
+            found[kind]["exam"] = statistics.mean(exams)
         if late:
             found[kind]["rollout_reward"] = statistics.mean(late)
     return found
@@ -166,7 +199,7 @@ def draw(result: dict, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=["base", *KINDS, "report"])
+    parser.add_argument("part", choices=["base", *KINDS, "exam", "report"])
     parser.add_argument("out", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -174,6 +207,8 @@ def main() -> None:
         make_base(options.out)
     elif options.part == "supervised":
         supervise(options.out, options.seed)
+    elif options.part == "exam":
+        exam(options.out)
     elif options.part == "report":
         report(options.out)
     else:
