@@ -18,6 +18,7 @@ import gzip
 import json
 import statistics
 import subprocess
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -84,8 +85,9 @@ def supervise(out: Path, seed: int) -> None:
             run.save()
         if run.step == recipe.total_steps:
             return
+        started = time.monotonic()
         run.train_step()
-        run.step += 1
+        run.step, run.seconds = run.step + 1, run.seconds + time.monotonic() - started
 
 
 def exam(out: Path) -> None:
