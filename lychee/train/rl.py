@@ -94,7 +94,6 @@ class Reinforcement(TrainingRun):
         sizes = batch_sizes(recipe.evaluated_texts, EVALUATED_TEXTS)
         self.exam = [drawn.draw(size) for size in sizes]
         self.generator = torch.Generator(self.device)
-        self.generator.manual_seed(recipe.seed * 1009 + self.processes.rank)
 
     def new_sampler(self, books: list[list[int]], draw: random.Random) -> RecallSampler:
         """A sampler over those parts of books that are longer than a chunk."""
@@ -151,6 +150,9 @@ class Reinforcement(TrainingRun):
     def experience(self) -> tuple[Experience, dict[str, Value]]:
         """Draw episodes, roll this process's share of them out, and judge the answers."""
         stage, _ = self.recipe.stage_at(self.step)
+        # Anew in every step, so that nothing but the step must be saved.
+        seeds = (self.recipe.seed, self.step, self.processes.rank)
+        self.generator.manual_seed(random.Random(repr(seeds)).getrandbits(63))
         batch = self.processes.part(self.episodes(stage, self.sampler, "train").draw(stage.texts))
         chunks = batch.chunks.flatten(0, 1).to(self.device)
         with self.processes.unsharded(self.wrapped):
@@ -251,11 +253,7 @@ class Reinforcement(TrainingRun):
         found = super().description(step)
         return found | {"start": found["start"] | {"weights": frozen_fingerprint(self.reference)}}
 
-    def state(self) -> dict[str, Any]:
-        return {"generator": self.generator.get_state()}
-
     def load(self, state: dict[str, Any]) -> None:
-        self.generator.set_state(state["generator"])
         if self.processes.first:
             for name in ("evaluations.jsonl", "rollouts.jsonl"):
                 keep_until(self.folder / name, self.step)
