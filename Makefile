@@ -43,8 +43,10 @@ export PRINT_TORCH
 demo: $(READY)
 	@$(BIN)/lychee demo $(ARGS)
 
+# Without ARGS on every core; a file's tests stay together, as they share what they compile. With
+# ARGS as pytest does it, in one process: ARGS="-n 2 --dist loadfile tests/kernels" spreads them.
 test: $(READY)
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest $(or $(ARGS),-n auto --maxprocesses 4 --dist loadfile)
 
 bench: $(READY)
 	@$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)

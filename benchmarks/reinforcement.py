@@ -3,10 +3,12 @@
 
     python benchmarks/reinforcement.py base OUT
     python benchmarks/reinforcement.py end-to-end OUT --seed 0     also: frozen, supervised
+    python benchmarks/reinforcement.py exam OUT
     python benchmarks/reinforcement.py report OUT
 
-Every part goes on from its last checkpoint in OUT. `report` answers more held-out questions with
-each run's last weights and writes results/rl-curves.json, and rl-curves.png where matplotlib is.
+Every part goes on from its last checkpoint in OUT. `exam` asks every run's last weights more
+held-out questions than the evaluations on the way do. `report` writes results/rl-curves.json, and
+rl-curves.png where matplotlib is installed.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import gzip
 import json
 import statistics
 import subprocess
-import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,8 +37,10 @@ KINDS = ("supervised", "frozen", "end-to-end")
 VOCABULARY = 1536
 # Steps of supervised training between two evaluations.
 SUPERVISED_STEPS = 50
-# Held-out texts of the last evaluation, with four questions each.
-FINAL_TEXTS = 256
+# Evaluations at the end of a run whose mean counts as its accuracy.
+AVERAGED = 3
+# Held-out texts of the exam, four questions each.
+EXAM_TEXTS = 128
 
 
 def make_base(out: Path) -> None:
@@ -63,45 +67,50 @@ def reinforce(out: Path, kind: str, seed: int) -> None:
     )
 
 
-def examiner(out: Path, folder: Path, **changes) -> Reinforcement:
-    """A run that only evaluates, into `folder`; its weights are the start's so far."""
-    recipe = replace(ReinforcementRecipe.load(RECIPES / "rl.toml"), **changes)
-    return Reinforcement(recipe, folder, books=out / "books", start=out / "base" / "model")
-
-
 def supervise(out: Path, seed: int) -> None:
     """The base's training goes on, with the evaluations of reinforcement learning."""
     folder = out / f"supervised-{seed}"
     recipe = replace(PretrainRecipe.load(RECIPES / "sft.toml"), seed=seed + 1)
     start = out / "base" / "model"
     run = Pretraining(recipe, folder, books=out / "books", start=start)
-    exam = examiner(out, folder)
-    exam.decoder = run.decoder
+    rules = ReinforcementRecipe.load(RECIPES / "rl.toml")
+    judge = Reinforcement(rules, folder, books=out / "books", start=start)
+    judge.decoder = run.decoder
     if run.state_path.exists():
         run.resume()
     while run.step <= recipe.total_steps:
         if run.step % SUPERVISED_STEPS == 0:
-            exam.seconds = run.seconds
-            exam.evaluate(run.step)
+            judge.seconds = run.seconds
+            judge.evaluate(run.step)
             run.save()
         if run.step == recipe.total_steps:
             return
+        started = time.monotonic()
         run.train_step()
-        run.step += 1
+        run.step, run.seconds = run.step + 1, run.seconds + time.monotonic() - started
 
 
-def final_accuracy(out: Path, folder: Path | None) -> float:
-    """Greedy accuracy with the last weights of a run, or the start's, on a larger held-out set."""
-    frozen = folder is not None and folder.name.startswith("frozen")
-    changes = {"evaluated_texts": FINAL_TEXTS, "freeze_compressor": frozen}
-    exam = examiner(out, out / "exam", **changes)
-    if folder is not None:
-        weights = torch.load(folder / "state.pt", weights_only=True)["weights"]
+def exam(out: Path) -> None:
+    """Greedy accuracy of every run, written to exam.json in its folder."""
+    rules = ReinforcementRecipe.load(RECIPES / "rl.toml")
+    for folder in [out / "base", *sorted(path.parent for path in out.glob("*-*/state.pt"))]:
+        frozen = folder.name.startswith("frozen")
+        changes = {"evaluated_texts": EXAM_TEXTS, "freeze_compressor": frozen}
+        run = Reinforcement(
+            replace(rules, **changes),
+            out / "exam",
+            books=out / "books",
+            start=out / "base" / "model",
+        )
+        state = torch.load(folder / "state.pt", weights_only=True)
         with torch.no_grad():
-            for name, parameter in exam.modules.named_parameters():
-                if name in weights:
-                    parameter.copy_(weights[name])
-    return exam.evaluate(0)
+            for name, parameter in run.modules.named_parameters():
+                if name in state["weights"]:
+                    parameter.copy_(state["weights"][name])
+        result = {"step": state["step"], "accuracy": run.evaluate(state["step"])}
+        result["questions"] = sum(len(batch.questions) for batch in run.exam)
+        (folder / "exam.json").write_text(json.dumps(result))
+        print(folder.name, json.dumps(result), flush=True)
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -109,42 +118,55 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def report(out: Path) -> None:
-    """Write the curves and last accuracies of every run in `out`."""
+    """Write the curves of every run in `out`, those of reinforcement cut to equal steps."""
     runs = []
     for folder in sorted(path.parent for path in out.glob("*-*/state.pt")):
         kind, _, seed = folder.name.rpartition("-")
-        curve = {line["step"]: line for line in read_lines(folder / "evaluations.jsonl")}
-        metrics = folder / "metrics.jsonl"
-        run = {"kind": kind, "seed": int(seed), "final_accuracy": final_accuracy(out, folder)}
-        run["evaluations"] = list(curve.values())
-        run["metrics"] = read_lines(metrics) if metrics.exists() else []
-        runs.append(run)
-        print(f"{folder.name}: step {max(curve)}, accuracy {run['final_accuracy']:.3f}", flush=True)
+        lines = {line["step"]: line for line in read_lines(folder / "evaluations.jsonl")}
+        metrics, exam_path = folder / "metrics.jsonl", folder / "exam.json"
+        run = {"kind": kind, "seed": int(seed), "evaluations": list(lines.values())}
+        run["exam"] = json.loads(exam_path.read_text()) if exam_path.exists() else None
+        runs.append(run | {"metrics": read_lines(metrics) if metrics.exists() else []})
+    reinforced = [run for run in runs if run["kind"] != "supervised"]
+    last = min(run["evaluations"][-1]["step"] for run in reinforced)
+    for run in reinforced:
+        for name in ("evaluations", "metrics"):
+            run[name] = [line for line in run[name] if line["step"] <= last]
+    for run in runs:
+        ends = [line["accuracy"] for line in run["evaluations"][-AVERAGED:]]
+        run["last_accuracy"] = statistics.mean(ends)
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True
     )
     result = {
-        "command": " ".join(["python benchmarks/reinforcement.py", *sys.argv[1:]]),
+        "command": "python benchmarks/reinforcement.py report OUT",
         "commit": commit.stdout.strip(),
         "machine": machine() | {"note": "one core, shared with other work: times are upper bounds"},
-        "final_questions": 4 * FINAL_TEXTS,
-        "start_accuracy": final_accuracy(out, None),
+        "steps": last,
+        "last_accuracy": f"mean of a run's last {AVERAGED} evaluations",
+        "summary": summary(runs),
         "runs": runs,
     }
-    result["summary"] = summary(runs)
     (RESULTS / "rl-curves.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps({"start": result["start_accuracy"]} | result["summary"], indent=1))
+    print(json.dumps({"steps": last} | result["summary"], indent=1))
     draw(result, RESULTS / "rl-curves.png")
 
 
 def summary(runs: list[dict]) -> dict:
-    """Mean and range of the last accuracies by kind."""
+    """Mean and range over seeds by kind: the last accuracies, and the reward of late rollouts."""
     found = {}
     for kind in KINDS:
-        values = [run["final_accuracy"] for run in runs if run["kind"] == kind]
-        if values:
-            mean = statistics.mean(values)
-            found[kind] = {"mean": mean, "least": min(values), "most": max(values)}
+        chosen = [run for run in runs if run["kind"] == kind]
+        ends = [run["last_accuracy"] for run in chosen]
+        if not ends:
+            continue
+        found[kind] = {"mean": statistics.mean(ends), "least": min(ends), "most": max(ends)}
+        late = [line["reward"] for run in chosen for line in run["metrics"][-AVERAGED:]]
+        exams = [run["exam"]["accuracy"] for run in chosen if run["exam"]]
+        if exams:
+            found[kind]["exam"] = statistics.mean(exams)
+        if late:
+            found[kind]["rollout_reward"] = statistics.mean(late)
     return found
 
 
@@ -179,7 +201,7 @@ def draw(result: dict, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=["base", *KINDS, "report"])
+    parser.add_argument("part", choices=["base", *KINDS, "exam", "report"])
     parser.add_argument("out", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -187,6 +209,8 @@ def main() -> None:
         make_base(options.out)
     elif options.part == "supervised":
         supervise(options.out, options.seed)
+    elif options.part == "exam":
+        exam(options.out)
     elif options.part == "report":
         report(options.out)
     else:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -218,8 +217,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig, memory_param: tuple[str, ...] = ()):
         super().__init__()
-        self.config = config
-        self.folder: Path | None = None  # where the parameters were loaded from
+        self.config, self.folder = config, None  # folder: where the parameters were loaded from
         self.model = Backbone(config, memory_param)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
@@ -276,8 +274,7 @@ class Decoder(nn.Module):
         x = self.model.embed_tokens(ids)
         for index, layer in enumerate(self.model.layers):
             last = index == len(self.model.layers) - 1
-            h = layer.input_layernorm(x)
-            attention = layer.self_attn
+            attention, h = layer.self_attn, layer.input_layernorm(x)
             k, v = (attention.project(letter, h).transpose(1, 2) for letter in "kv")
             k = rotate(k, cos, sin)
             if cache is not None:
@@ -289,8 +286,7 @@ class Decoder(nn.Module):
             arguments = pages.attention_arguments(index) if pages is not None else {}
             out, _ = lk.memory_attention(q, k, v, valid=valid, **arguments)
             out = out.transpose(1, 2).flatten(2)
-            if last and select is not None:
-                x, out = x[select], out[select]
+            x, out = (x[select], out[select]) if last and select is not None else (x, out)
             x = x + attention.o_proj(out)
             x = x + layer.mlp(layer.post_attention_layernorm(x))
         if cache is not None:

@@ -3,6 +3,10 @@
 
 import os
 
+# Several test processes share the cores. Tests of threads set their number themselves.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Every fresh output of a compiled op is filled with NaN before the kernel runs.
 os.environ["LYCHEE_POISON"] = "1"
 

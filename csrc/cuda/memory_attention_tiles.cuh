@@ -134,7 +134,8 @@ struct PageSource {
     if (p.page_base != nullptr) {
       count = min(count, p.positions);
       const int base = max(p.page_base[first_entry + entry], 0);
-      tile.position = min(base, p.positions - max(count, 0) - first) + first;
+      // inside the tables also where no key is kept
+      tile.position = min(base, p.positions - max(count, 1) - first) + first;
     }
     tile.k = head + (page * p.page_stride + first * p.page_token_stride) * element_bytes;
     tile.v = tile.k + p.page_part_stride * element_bytes;

@@ -21,7 +21,7 @@ from lychee.bank.compaction import compact
 from lychee.bank.folder import BankWriter, read_state
 from lychee.bank.identity import GEOMETRY, check_match
 from lychee.bank.manifest import ChunkRecord, DocumentRecord, Manifest, TextPlace
-from lychee.bank.pages import PageLayout, PagePool
+from lychee.bank.pages import DTYPES, PageLayout, PagePool
 from lychee.bank.pieces import (
     BATCH_TOKENS,
     Document,
@@ -75,8 +75,8 @@ class BankBuilder:
 
         Args:
             model: compresses the documents.
-            bank_dtype: float32, float16, bfloat16, int8 or e4m3; "auto" is the dtype of the bank
-                that is there, or else the model's.
+            bank_dtype: float32, float16, bfloat16, int8 or e4m3; "auto" is that of the bank that
+                is there, or else the one that the model's weights are stored as.
             resume: go on with a bank that is there; without, there must be none.
 
         Raises:
@@ -117,7 +117,9 @@ class BankBuilder:
 
     def _empty(self, bank_dtype: str) -> Manifest:
         model = self.model
-        dtype = model.decoder.dtype if bank_dtype == "auto" else bank_dtype
+        stored = model.raw_config.get("dtype") or model.raw_config.get("torch_dtype")
+        own = stored if stored in DTYPES else model.decoder.dtype
+        dtype = own if bank_dtype == "auto" else bank_dtype
         memory = MemoryConfig(**{name: getattr(model.memory, name) for name in GEOMETRY})
         layout = PageLayout.of(model.decoder.config, dtype)
         return Manifest(model.identity, memory, layout, CREATED_BY)

@@ -39,8 +39,10 @@ def read_manifest(path: Path) -> Manifest:
     """The present state of a bank; BankError if there is none or it is damaged."""
     file = path / MANIFEST
     try:
-        if file.stat().st_size > MOST_MANIFEST_BYTES:
-            raise BankError(f"{file}: expected at most {MOST_MANIFEST_BYTES:,} bytes, got more")
+        found = file.stat()
+        if not stat.S_ISREG(found.st_mode) or found.st_size > MOST_MANIFEST_BYTES:
+            limit = f"an ordinary file of at most {MOST_MANIFEST_BYTES:,} bytes"
+            raise BankError(f"{file}: expected {limit}, got another")
         return parse_manifest(file.read_bytes(), file)
     except FileNotFoundError as error:
         got = "a folder without a manifest" if path.is_dir() else "no such folder"
@@ -66,6 +68,10 @@ def read_state(path: Path) -> tuple[Manifest, list[Segment]]:
             ]
         except FileNotFoundError as error:
             missing = error.filename
+        except OSError as error:
+            raise BankError(
+                f"{error.filename}: expected a readable file, got: {error.strerror}"
+            ) from error
         if read_manifest(path) == manifest:
             break
     raise BankError(

@@ -101,6 +101,7 @@ class Segment:
             raise BankError(f"{path}: expected an ordinary file, got a link or a device", ADVICE)
         if not size == record.size == found.st_size:
             raise BankError(f"{path}: expected {size:,} bytes, got {found.st_size:,}", ADVICE)
+        os.close(os.open(path, os.O_RDONLY))  # whose errors say what is wrong
         storage = torch.UntypedStorage.from_file(str(path), False, size)
         data = torch.empty(0, dtype=torch.uint8).set_(storage)
         if bytes(data[: len(header)].numpy()) != header:

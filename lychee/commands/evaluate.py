@@ -49,7 +49,7 @@ def evaluate(
     files: Annotated[
         list[Path] | None,
         typer.Argument(
-            metavar="[FILE]...",
+            metavar="FILE",
             help="Books to hide facts in (else a novel), or the data files of a format.",
         ),
     ] = None,

@@ -28,7 +28,7 @@ def reproduce(
     out: Annotated[Path, typer.Option(metavar="DIR", help="For report, plots and records.")],
     books: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[BOOK]...", help="Text around the facts; else a novel."),
+        typer.Argument(metavar="BOOK", help="Text around the facts; else a novel."),
     ] = None,
     task: Annotated[str, typer.Option(help="A generated task.")] = "niah_multikey_1",
     length: Annotated[

@@ -34,7 +34,10 @@ class Dtype(StrEnum):
 
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="TOML recipe.")]
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the run.")]
-Books = Annotated[Path | None, typer.Option("--books", metavar="DIR", help="Folder of texts.")]
+Books = Annotated[
+    Path | None,
+    typer.Option("--books", metavar="DIR", help="Folder of texts, and of [data] files."),
+]
 Start = Annotated[
     Path | None, typer.Option("--start", metavar="DIR", help="Model folder to start from.")
 ]

@@ -107,7 +107,7 @@ def lengthened(
     Documents of other questions are added, and all shuffled, as long as they fit; where those a
     question comes with are too many already, the ones that support it are kept first.
     """
-    records = [parse(Record(fields, place)) for fields, place in read_records(path)]
+    records = [parse(Record(fields, place, path)) for fields, place in read_records(path)]
     pool = list({d: None for record in records for d in record.documents})
     sizes = {d: count(f"Document 9999:\n{d[0]}\n{''.join(d[1])}\n\n") for d in pool}
     for record in records[:questions]:

@@ -15,8 +15,8 @@ from lychee.errors import InputError
 class Record:
     """One record with its place; its getters raise InputError naming the field."""
 
-    def __init__(self, fields: Any, place: str):
-        self.place = place
+    def __init__(self, fields: Any, place: str, path: Path):
+        self.place, self.path = place, path
         if not isinstance(fields, dict):
             raise InputError(f"{place}: expected a JSON object, got {type(fields).__name__}")
         self.fields = fields

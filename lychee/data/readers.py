@@ -7,6 +7,7 @@ names the file, the line or record, the field and what was expected; nothing is 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -26,6 +27,7 @@ LONGBENCH_METRICS = dict.fromkeys(
     "multi_news": "rouge_l",
     "samsum": "rouge_l_first_line",
 }
+RULER_TASK = re.compile(r"niah_\w+|vt|cwe|fwe|qa(_\d+)?")
 SUMMARISE = "Write a one-page summary of the text."
 
 
@@ -52,7 +54,9 @@ def ruler_hqa(record: Record) -> TaskSample:
 def ruler(record: Record) -> TaskSample:
     """`input` and `outputs` as RULER writes them; `context` and `question` where they are split.
 
-    In `input` the question is what follows the last "Question:", or the last line.
+    In `input` the question is what follows the last "Question:", or the last line. The task is the
+    record's, or what the file or its folder is called, as in qa_1/validation.jsonl; questions of QA
+    want any of their answers, all others want all.
     """
     prefix = record.get("answer_prefix") or ""
     if record.get("context") is not None:
@@ -66,9 +70,9 @@ def ruler(record: Record) -> TaskSample:
         context, question = context.strip(), question.strip()
         if not context or not question:
             raise record.error("input", "a text and, on its last line, a question", prompt)
-    task = record.get("task") or "ruler"
-    if not isinstance(task, str):
-        raise record.error("task", "text", task)
+    names = (record.get("task"), record.path.stem, record.path.parent.name)
+    known = [name for name in names if isinstance(name, str) and RULER_TASK.fullmatch(name)]
+    task = known[0] if known else "ruler"
     answers = record.answers("outputs", "answers")
     metric = "string_match_part" if task.startswith("qa") else "string_match_all"
     return TaskSample(task, context, question, answers, (), metric, {"answer_prefix": prefix})
@@ -127,7 +131,7 @@ def read_samples(path: Path, form: str) -> Iterator[TaskSample]:
         raise InputError(f"format: expected one of {', '.join(FORMATS)}, got {form!r}")
     found = 0
     for fields, place in read_records(path):
-        sample = FORMATS[form](Record(fields, place))
+        sample = FORMATS[form](Record(fields, place, path))
         sample.details["place"] = place
         found += 1
         yield sample

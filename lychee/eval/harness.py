@@ -190,5 +190,5 @@ def support_read(sample: TaskSample, answer: Answer) -> dict[str, int | None]:
     order = list(spans)
     places = sample.supporting_chunks([spans[chunk] for chunk in order])
     wanted = {order[place] for found in places for place in found}
-    read = {step.chunk for step in answer.trace if getattr(step, "read", True)}
+    read = {step.chunk for step in answer.trace if step.read}
     return {"support_chunks": len(wanted), "support_read": len(wanted & read)}

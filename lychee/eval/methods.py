@@ -50,8 +50,7 @@ class Ours:
         """`gate`: auto is the model's own, off reads every chunk, a number is the threshold."""
         self.model, self.bank_dtype = model, bank_dtype
         threshold = None if gate in ("auto", "off") else float(gate)
-        reading = ReadingOptions(gate != "off", threshold, passes)
-        self.options = {} if reading == ReadingOptions() else {"reading": reading}
+        self.reading = ReadingOptions(gate != "off", threshold, passes)
         self.build_seconds = 0.0
 
     def answer(self, context: str, questions: Sequence[str]) -> list[Answer]:
@@ -60,7 +59,7 @@ class Ours:
         started = time.perf_counter()
         bank = self.model.remember(context, bank_dtype=self.bank_dtype)
         self.build_seconds = time.perf_counter() - started
-        return self.model.ask_many(bank, questions, **self.options)
+        return self.model.ask_many(bank, questions, reading=self.reading)
 
 
 def known_methods() -> list[str]:

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, median
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 
 from lychee.eval.records import CELL, Record, replace_file
+from lychee_kernels import __version__
 
 Cell = dict[str, Any]
 
@@ -131,8 +133,18 @@ def line(values: Sequence[str]) -> str:
     return f"| {' | '.join(values)} |"
 
 
-def machine() -> dict[str, str | int]:
-    """What timings depend on."""
+def source_commit() -> str | None:
+    """The commit of the checkout this code lies in, "-dirty" where files have changed."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()
+
+
+def machine() -> dict[str, str | int | None]:
+    """What timings depend on, and the code that was run."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     return {
         "platform": platform.platform(),
@@ -140,6 +152,8 @@ def machine() -> dict[str, str | int]:
         "processors": os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "lychee": __version__,
+        "commit": source_commit(),
     }
 
 

@@ -76,7 +76,7 @@ def reproduce(
         for name, paths in (("frozen", plan.frozen), ("trained", plan.trained))
     }
     records = RecordFile(out, shared)
-    gated = getattr(load(None), "gate", None) is not None
+    gated = load(None).gate is not None
     found: dict[CellKey, Cell] = {}
     refused = []
     for setting, cell in runs_of(plan, make_cells, gated):

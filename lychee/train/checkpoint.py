@@ -75,7 +75,7 @@ def load_state(path: Path) -> dict[str, Any]:
 def check_state(path: Path, state: dict[str, Any], expected: dict[str, Any]) -> None:
     """Refuse a state of another kind of training, model or recipe, naming both sides.
 
-    Both hold "kind" (a name), and "model" and "recipe" (flat dicts of settings).
+    Both hold "kind" (a name), and dicts of settings: "model", "recipe" and "start".
     """
     advice = "resume with what the run was started with, or train into another folder"
     if state["kind"] != expected["kind"]:
@@ -83,7 +83,7 @@ def check_state(path: Path, state: dict[str, Any], expected: dict[str, Any]) -> 
             f"{path}: expected a checkpoint of {expected['kind']}, got one of {state['kind']}",
             advice,
         )
-    for part in ("model", "recipe"):
+    for part in ("model", "recipe", "start"):
         found, wanted = state[part], expected[part]
         for name in wanted | found:
             if found.get(name) != wanted.get(name):

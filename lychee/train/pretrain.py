@@ -21,6 +21,7 @@ from lychee.data.file_traces import FileTraces
 from lychee.data.needles import word_list
 from lychee.data.recall import Mixture, RecallBatch, RecallSampler
 from lychee.data.texts import TextTurns, Turns, long_enough
+from lychee.errors import InputError
 from lychee.train.metrics import Value
 from lychee.train.reading import Reader
 from lychee.train.recipe import Recipe, Stage
@@ -156,6 +157,13 @@ class Pretraining(TrainingRun):
     def prepare(self) -> None:
         self.compressor, self.reader = self.model.compressor, Reader(self.decoder, self.processes)
         stages = self.recipe.stages
+        for stage in stages:
+            window = min(self.model.memory.window, stage.chunk)
+            for ratio in stage.ratios:
+                if window % ratio:
+                    raise InputError(
+                        f"ratios: expected divisors of the window of {window} tokens, got {ratio}"
+                    )
         # One more than is read, so that there is always a place to draw.
         longest = max(stage.chunk + stage.following for stage in stages) + 1
         encoded = [self.tokenizer.encode(text) for text in self.texts]

@@ -8,6 +8,7 @@ weights, gradients and optimiser state are spread over the processes (FSDP2).
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -64,6 +66,8 @@ class Processes:
         self.rank = int(environment.get("RANK", "0"))
         local = int(environment.get("LOCAL_RANK", "0"))
         kind = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cuda" and kind == "cpu":
+            raise InputError("device: expected cpu, as torch sees no GPU here, got cuda")
         if device != "auto":
             kind = device
         self.device = torch.device(f"cuda:{local}" if kind == "cuda" else kind)
@@ -93,7 +97,7 @@ class Processes:
         if self.shard:
             # One group, gathered once a step: a group per layer would be gathered as often as the
             # layer is called, and processes whose turns differ in number call it differently often.
-            return fully_shard(module)
+            return fully_shard(module, mesh=init_device_mesh(self.device.type, (self.count,)))
         # Every process makes its own rotary tables, as long as it needs; torch 2.13 has a new name.
         names = ("forward_sync_buffers", "broadcast_buffers")
         known = inspect.signature(DistributedDataParallel).parameters
@@ -168,3 +172,19 @@ class Processes:
     def leave(self) -> None:
         if self.count > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """A batch with its tensors on `device`: looks into dataclasses, lists, tuples and dicts."""
+    if device.type == "cpu":
+        return value
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        return dataclasses.replace(value, **{n: to_device(v, device) for n, v in fields.items()})
+    if isinstance(value, (list, tuple)):
+        return type(value)(to_device(item, device) for item in value)
+    if isinstance(value, dict):
+        return {name: to_device(item, device) for name, item in value.items()}
+    return value

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from lychee.data.episodes import EpisodeBatch, EpisodeSampler, split_book
+from lychee.data.file_episodes import FileEpisodes, encode_samples
 from lychee.data.needles import word_list
 from lychee.data.recall import RecallSampler
 from lychee.decoder import Decoder
@@ -41,7 +42,7 @@ from lychee.train.objective import (
 from lychee.train.rl_recipe import ReinforcementRecipe, ReinforcementStage
 from lychee.train.rollouts import Policy, Rollout, describe, roll_out
 from lychee.train.run import TrainingRun
-from lychee.train.start import identity
+from lychee.train.start import frozen_fingerprint
 
 # Texts rolled out at once in an evaluation.
 EVALUATED_TEXTS = 16
@@ -82,15 +83,17 @@ class Reinforcement(TrainingRun):
     def prepare(self) -> None:
         recipe = self.recipe
         self.reference = copy.deepcopy(self.decoder).to(self.device).requires_grad_(False).eval()
-        encoded = [self.tokenizer.encode(text) for text in self.texts]
-        books = [split_book(book, recipe.held_out) for book in encoded]
-        self.sampler = self.new_sampler([front for front, _ in books], self.random)
-        exam = self.new_sampler([end for _, end in books], random.Random(EXAM_SEED))
+        self.records = encode_samples(self.samples, self.tokenizer, self.model.memory.question)
+        self.sampler = exam = None
+        if not self.records:
+            encoded = [self.tokenizer.encode(text) for text in self.texts]
+            books = [split_book(book, recipe.held_out) for book in encoded]
+            self.sampler = self.new_sampler([front for front, _ in books], self.random)
+            exam = self.new_sampler([end for _, end in books], random.Random(EXAM_SEED))
         drawn = self.episodes(recipe.stages[-1], exam, "test")
         sizes = batch_sizes(recipe.evaluated_texts, EVALUATED_TEXTS)
         self.exam = [drawn.draw(size) for size in sizes]
         self.generator = torch.Generator(self.device)
-        self.generator.manual_seed(recipe.seed * 1009 + self.processes.rank)
 
     def new_sampler(self, books: list[list[int]], draw: random.Random) -> RecallSampler:
         """A sampler over those parts of books that are longer than a chunk."""
@@ -107,9 +110,14 @@ class Reinforcement(TrainingRun):
         return RecallSampler(self.tokenizer, prompts, long_enough, words, draw)
 
     def episodes(
-        self, stage: ReinforcementStage, sampler: RecallSampler, split: str
-    ) -> EpisodeSampler:
-        return EpisodeSampler(sampler, stage, self.model.memory.chunk, split)
+        self, stage: ReinforcementStage, sampler: RecallSampler | None, split: str
+    ) -> EpisodeSampler | FileEpisodes:
+        """Episodes of a split of the recipe's files, or where it has none generated ones."""
+        chunk = self.model.memory.chunk
+        if not self.records:
+            return EpisodeSampler(sampler, stage, chunk, split)
+        draw = self.random if split == "train" else random.Random(EXAM_SEED)
+        return FileEpisodes(self.records, stage.chunks, chunk, split, draw)
 
     def trains(self, name: str) -> bool:
         return not (self.recipe.freeze_compressor and "lychee_memory_" in name)
@@ -142,6 +150,9 @@ class Reinforcement(TrainingRun):
     def experience(self) -> tuple[Experience, dict[str, Value]]:
         """Draw episodes, roll this process's share of them out, and judge the answers."""
         stage, _ = self.recipe.stage_at(self.step)
+        # Anew in every step, so that nothing but the step must be saved.
+        seeds = (self.recipe.seed, self.step, self.processes.rank)
+        self.generator.manual_seed(random.Random(repr(seeds)).getrandbits(63))
         batch = self.processes.part(self.episodes(stage, self.sampler, "train").draw(stage.texts))
         chunks = batch.chunks.flatten(0, 1).to(self.device)
         with self.processes.unsharded(self.wrapped):
@@ -240,14 +251,9 @@ class Reinforcement(TrainingRun):
     def description(self, step: int) -> dict[str, Any]:
         """As for every training; also which weights it began with, from which it is held back."""
         found = super().description(step)
-        began = identity(self.model, self.reference)["frozen_weights"]
-        return found | {"model": found["model"] | {"start": began}}
-
-    def state(self) -> dict[str, Any]:
-        return {"generator": self.generator.get_state()}
+        return found | {"start": found["start"] | {"weights": frozen_fingerprint(self.reference)}}
 
     def load(self, state: dict[str, Any]) -> None:
-        self.generator.set_state(state["generator"])
         if self.processes.first:
             for name in ("evaluations.jsonl", "rollouts.jsonl"):
                 keep_until(self.folder / name, self.step)

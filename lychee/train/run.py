@@ -23,9 +23,16 @@ from lychee.memory_model import LycheeMemory
 from lychee.train.adapters import attach_adapters, save_adapter_folder
 from lychee.train.checkpoint import capture, check_state, load_state, restore, save_state
 from lychee.train.metrics import Averages, MetricsLog, Value
-from lychee.train.processes import Processes
+from lychee.train.processes import Processes, to_device
 from lychee.train.recipe import Recipe
-from lychee.train.start import identity, load_books, load_samples, starting_model
+from lychee.train.start import (
+    fingerprint,
+    frozen_fingerprint,
+    identity,
+    load_books,
+    load_samples,
+    starting_model,
+)
 
 
 class Batch(Protocol):
@@ -74,6 +81,7 @@ class TrainingRun:
             self.texts = [sample.context for sample in self.samples]
         else:
             self.texts = load_books(books, recipe.books)
+        self.fingerprint = fingerprint(self.texts, self.samples)
         if not self.processes.first:
             self.processes.wait()
         self.model: LycheeMemory = starting_model(recipe, self.texts, folder, start)
@@ -87,7 +95,7 @@ class TrainingRun:
         self.prepare()
         for name, parameter in self.modules.named_parameters():
             parameter.requires_grad_(parameter.requires_grad and self.trains(name))
-        self.identity = identity(self.model, self.modules)
+        self.identity, self.frozen = identity(self.model), frozen_fingerprint(self.modules)
         self.modules.to(self.device)
         self.wrapped = self.processes.wrap(self.modules, self.loss)
         self.optimizer = torch.optim.AdamW(
@@ -196,8 +204,9 @@ class TrainingRun:
 
     def description(self, step: int) -> dict[str, Any]:
         """What a checkpoint of this run at `step` says about itself."""
-        recipe = self.recipe.begun(step)
-        return {"kind": self.kind, "model": self.identity, "recipe": recipe}
+        recipe = self.recipe.begun(step) | {"texts": self.fingerprint}
+        start = {"frozen_weights": self.frozen}
+        return {"kind": self.kind, "model": self.identity, "recipe": recipe, "start": start}
 
     def save(self) -> None:
         """Write the checkpoint from which a resumed run goes on to the same weights."""
@@ -273,19 +282,3 @@ class TrainingRun:
             run.run()
         finally:
             run.processes.leave()
-
-
-def to_device(value: Any, device: torch.device) -> Any:
-    """A batch with its tensors on `device`: looks into dataclasses, lists, tuples and dicts."""
-    if device.type == "cpu":
-        return value
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-        return dataclasses.replace(value, **{n: to_device(v, device) for n, v in fields.items()})
-    if isinstance(value, (list, tuple)):
-        return type(value)(to_device(item, device) for item in value)
-    if isinstance(value, dict):
-        return {name: to_device(item, device) for name, item in value.items()}
-    return value

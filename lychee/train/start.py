@@ -54,6 +54,16 @@ def load_books(folder: Path | None, patterns: tuple[str, ...]) -> list[str]:
     return [path.read_text(encoding="utf-8", errors="replace") for path in paths]
 
 
+def fingerprint(texts: list[str], samples: list[TaskSample]) -> str:
+    """Tells the texts and questions of a run from others: a resumed run must have the same."""
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(text.encode("utf-8", "surrogatepass"))
+    for sample in samples:
+        digest.update(repr((sample.question, sample.answers, sample.support)).encode())
+    return digest.hexdigest()
+
+
 def new_model(recipe: Recipe, texts: list[str], folder: Path) -> LycheeMemory:
     """A model from nothing; its tokenizer is trained on the texts and kept in the run's folder."""
     if (folder / "tokenizer.json").is_file():
@@ -123,12 +133,16 @@ def starting_model(
     return folder_model(recipe, SHIPPED_MODEL if shipped else chosen)
 
 
-def identity(model: LycheeMemory, modules: nn.Module) -> dict[str, Any]:
-    """What a checkpoint must agree with: the decoder's shape, and the weights it does not hold."""
-    shape = dict(vars(model.decoder.config))
+def identity(model: LycheeMemory) -> dict[str, Any]:
+    """The decoder's shape and the memory's own projections, which a checkpoint must agree with."""
+    return dict(vars(model.decoder.config)) | {"memory_param": model.memory.param}
+
+
+def frozen_fingerprint(modules: nn.Module) -> str:
+    """Tells frozen weights, which no checkpoint holds, from those of another start."""
     digest = hashlib.sha256()
     for name, parameter in modules.named_parameters():
         if not parameter.requires_grad:
             start = parameter.detach().flatten()[:FINGERPRINTED].float().cpu()
             digest.update(name.encode() + start.numpy().tobytes())
-    return shape | {"memory_param": model.memory.param, "frozen_weights": digest.hexdigest()}
+    return digest.hexdigest()

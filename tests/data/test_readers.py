@@ -133,6 +133,11 @@ def test_ruler_prompts_are_cut_at_the_question(tmp_path, prompt, prefix, context
 def test_ruler_questions_on_documents_want_any_answer(tmp_path):
     (sample,) = read(tmp_path, "ruler_file", GOOD["ruler_file"] | {"task": "qa_1"})
     assert (sample.task, sample.metric) == ("qa_1", "string_match_part")
+    # RULER's own files do not name the task; their folders do.
+    for folder, metric in (("qa_2", "string_match_part"), ("niah_multivalue", "string_match_all")):
+        (tmp_path / folder).mkdir()
+        (sample,) = read(tmp_path / folder, "ruler_file", GOOD["ruler_file"])
+        assert (sample.task, sample.metric) == (folder, metric)
 
 
 def test_longbench_metrics_are_those_of_the_data_set(tmp_path):

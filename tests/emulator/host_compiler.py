@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles device code for the host emulator with the C++ compiler, and keeps what it compiled."""
 
+import fcntl
 import hashlib
 import os
 import platform
@@ -63,7 +64,6 @@ def compile_object(source, *flags):
             return target
     except FileNotFoundError:
         pass
-    CACHE.mkdir(parents=True, exist_ok=True)
     # under another name first: a second process may be doing the same
     partial = target.with_suffix(f".{os.getpid()}.o")
     _run([*command, "-MMD", "-MF", depfile, "-x", "c++", "-c", source, "-o", partial])
@@ -74,6 +74,14 @@ def compile_object(source, *flags):
 
 def link(name, sources, compile_flags=(), link_flags=()):
     """A program, or a library with "-shared", from these sources; they are compiled in parallel."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    # of several test processes one compiles, the others wait for what it makes
+    with (CACHE / f"{_digest(name, *sources, *compile_flags)}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _link(name, sources, compile_flags, link_flags)
+
+
+def _link(name, sources, compile_flags, link_flags):
     jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
     with ThreadPoolExecutor(jobs) as pool:
         objects = list(pool.map(lambda source: compile_object(source, *compile_flags), sources))

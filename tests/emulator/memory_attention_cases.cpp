@@ -172,6 +172,8 @@ class Problem {
       len_[i] = i == 1 ? shape.page_tokens : 1 + i * 17 % shape.page_tokens;
       base_[i] = i * 71 + 3;
     }
+    // an empty page is looked up nowhere, whatever its position
+    len_[2] = 0, base_[2] = INT32_MAX;
     num_pages_ = {kMaxPages - 1, 0};
     p.page_table = table_.data(), p.page_len = len_.data(), p.num_pages = num_pages_.data();
     if (!shape.rotate) return;

@@ -1,29 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """compress_pack, compress_pack_, write_memory_: copies, rotation, bank writes, gradients."""
 
-from dataclasses import dataclass
-
 import pytest
 import torch
+from pack_cases import BANK_DTYPES, FLOATS, POSITIONS, Case, gradients, make_bank, make_inputs
 
-from lychee_kernels import compress_pack, compress_pack_, ref, rope_tables, write_memory_
+from lychee_kernels import compress_pack, compress_pack_, ref, write_memory_
 from lychee_kernels.testing import compare, poison
-
-BANK_DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn]
-
-
-@dataclass(frozen=True)
-class Case:
-    name: str
-    batch: int = 2
-    groups: int = 6  # memory rows of a window
-    ratio: int = 4
-    heads: int = 4
-    kv_heads: int = 2
-    dim: int = 64
-    memory_queries_only: bool = False
-    scattered: bool = False  # positions given instead of pos0
-
 
 CASES = [
     Case("one", batch=1, groups=1, ratio=1, heads=1, kv_heads=1, dim=8),
@@ -36,31 +19,8 @@ CASES = [
 named = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
-def make_inputs(case, dtype=torch.float32):
-    rows = case.groups * (case.ratio + 1)
-    query_rows = case.groups if case.memory_queries_only else rows
-    q = torch.randn(case.batch * query_rows, case.heads, case.dim).to(dtype)
-    k, v = torch.randn(2, case.batch * rows, case.kv_heads, case.dim).to(dtype)
-    tables = rope_tables(1000, 10000.0 ** -(torch.arange(0, case.dim, 2) / case.dim))
-    options = {"batch": case.batch, "ratio": case.ratio, "pos0": 11}
-    if case.scattered:
-        options["positions"] = torch.randint(0, 1000, (case.batch, rows))
-    return (q, k, v, *tables), options
-
-
-def make_bank(case, dtype, page_tokens=4):
-    """A poisoned bank, its scales, and a table whose rows start in the middle of a page."""
-    pages_per_row = (case.groups + 2) // page_tokens + 1
-    shape = (case.batch * pages_per_row + 1, 3, case.kv_heads, 2, page_tokens, case.dim)
-    quantised = dtype in (torch.int8, torch.float8_e4m3fn)
-    kv = torch.full(shape, 7.0 if quantised else torch.nan).to(dtype)
-    kv_scale = poison(torch.empty(shape[:5])) if quantised else None
-    table = torch.randperm(shape[0])[: case.batch * pages_per_row].view(case.batch, -1)
-    return kv, kv_scale, table.int(), torch.full((case.batch,), 2, dtype=torch.int32)
-
-
 @named
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_compress_pack_matches_reference(case, dtype):
     inputs, options = make_inputs(case, dtype)
     actual = compress_pack(*inputs, **options)
@@ -85,13 +45,6 @@ def test_compress_pack_puts_rows_where_the_document_says():
     assert v_out[0, 0, :, 0].tolist() == [10 + row for row in order]
     assert mem_k[0, 0, :, 0].tolist() == [4, 5]
     assert mem_v[0, 0, :, 0].tolist() == [14, 15]
-
-
-def gradients(function, inputs, options, weights):
-    leaves = [x.detach().requires_grad_() for x in inputs[:3]]
-    outputs = function(*leaves, *inputs[3:], **options)
-    loss = sum((x * w.to(x.dtype)).sum() for x, w in zip(outputs, weights, strict=True))
-    return torch.autograd.grad(loss, leaves)
 
 
 @named
@@ -143,13 +96,13 @@ def test_compress_pack_backward_passes_gradcheck():
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("dim", [64, 128])
 def test_compress_pack_is_the_same_past_the_cache(dtype, dim):
     # q_rot and dq of 16 MiB and more are stored past the cache; each head alone is not
     case = Case("large", batch=1, groups=(1 << 18) // dim, heads=8, kv_heads=1, dim=dim, ratio=1)
     inputs, options = make_inputs(case, dtype)
-    options["positions"] = torch.randint(0, 1000, (1, 2 * case.groups))
+    options["positions"] = torch.randint(0, POSITIONS, (1, 2 * case.groups))
     inputs = [inputs[0].repeat(1, 8 // dtype.itemsize, 1).requires_grad_(), *inputs[1:]]
     q_rot = compress_pack(*inputs, **options)[0]
     assert q_rot.nbytes >= 1 << 24

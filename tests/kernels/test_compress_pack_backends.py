@@ -1,31 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """compress_pack, its gradients, compress_pack_ and write_memory_ on every backend."""
 
-from dataclasses import dataclass
-
 import pytest
 import torch
+from pack_cases import BANK_DTYPES, FLOATS, POSITIONS, Case, gradients, make_bank, make_inputs
 
-from lychee_kernels import ref, rope_tables
+from lychee_kernels import ref
 from lychee_kernels.ref.compress_pack import QUANT_LEVEL, SMALLEST_AMAX
 from lychee_kernels.testing import compare, poison
-
-FLOATS = [torch.float32, torch.bfloat16, torch.float16]
-BANK_DTYPES = [*FLOATS, torch.int8, torch.float8_e4m3fn]
-
-
-@dataclass(frozen=True)
-class Case:
-    name: str
-    batch: int = 2
-    groups: int = 5  # memory rows of a window
-    ratio: int = 4
-    heads: int = 4
-    kv_heads: int = 2
-    dim: int = 64
-    memory_queries_only: bool = False
-    scattered: bool = False  # positions given instead of pos0
-
 
 CASES = [
     Case("one", batch=1, groups=1, ratio=1, heads=1, kv_heads=1, dim=8),
@@ -41,32 +23,6 @@ BY_NAME = {case.name: case for case in CASES}
 cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
-def make_inputs(case, dtype=torch.float32):
-    rows = case.groups * (case.ratio + 1)
-    query_rows = case.groups if case.memory_queries_only else rows
-    q = torch.randn(case.batch * query_rows, case.heads, case.dim).to(dtype)
-    k, v = torch.randn(2, case.batch * rows, case.kv_heads, case.dim).to(dtype)
-    tables = rope_tables(300, 10000.0 ** -(torch.arange(0, case.dim, 2) / case.dim))
-    options = {"batch": case.batch, "ratio": case.ratio, "pos0": 11}
-    if case.scattered:
-        options["positions"] = torch.randint(0, 300, (case.batch, rows))
-    return (q, k, v, *tables), options
-
-
-def make_bank(case, dtype, page_tokens=4):
-    """A poisoned bank, its scales, and a table whose rows start in the middle of a page; entries
-    beyond the pages that are needed hold garbage."""
-    needed = (case.groups + 2) // page_tokens + 1
-    shape = (case.batch * needed + 1, 3, case.kv_heads, 2, page_tokens, case.dim)
-    quantised = dtype in QUANT_LEVEL
-    kv = torch.full(shape, 7.0 if quantised else torch.nan).to(dtype)
-    kv_scale = poison(torch.empty(shape[:5])) if quantised else None
-    table = torch.full((case.batch, needed + 2), -(2**31), dtype=torch.int32)
-    table[:, :needed] = torch.randperm(shape[0])[: case.batch * needed].view(case.batch, -1)
-    table[:, -1] = 2**31 - 1
-    return kv, kv_scale, table, torch.full((case.batch,), 2, dtype=torch.int32)
-
-
 def check(actual, inputs, options):
     baseline = ref.compress_pack(*inputs, **options)
     exact = ref.compress_pack(*(x.double() for x in inputs), **options)
@@ -80,20 +36,15 @@ def check(actual, inputs, options):
 @cases
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_compress_pack(backend, case, dtype):
+    backend.leave_out(dtype != torch.float32 and case.name != "primes")
     inputs, options = make_inputs(case, dtype)
     check(backend.compress_pack(*inputs, **options), inputs, options)
-
-
-def gradients(function, inputs, options, weights):
-    leaves = [x.detach().requires_grad_() for x in inputs[:3]]
-    outputs = function(*leaves, *inputs[3:], **options)
-    loss = sum((x * w.to(x.dtype)).sum() for x, w in zip(outputs, weights, strict=True))
-    return torch.autograd.grad(loss, leaves)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @cases
 def test_gradients(backend, case, dtype):
+    backend.leave_out(dtype != torch.float32 and case.name != "primes")
     inputs, options = make_inputs(case, dtype)
     weights = [torch.randn_like(x) for x in ref.compress_pack(*inputs, **options)]
     with backend.active():
@@ -156,6 +107,7 @@ def written_banks(functions, arguments, bank, **options):
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("name", ["primes", "wide", "model", "memory_queries"])
 def test_bank_is_written_as_by_the_reference(backend, name, dtype, bank_dtype):
+    backend.leave_out(name != "primes" and (dtype, bank_dtype) != (torch.bfloat16, torch.int8))
     case = BY_NAME[name]
     inputs, options = make_inputs(case, dtype)
     inputs[1][-1] = 0  # a row of zeros has scale 0
@@ -189,6 +141,8 @@ def test_halves_round_to_even(backend, bank_dtype):
 
 
 def test_schedules_change_nothing(backend):
+    if len(backend.seeds) == 1:
+        pytest.skip("has one schedule")
     case = BY_NAME["primes"]
     inputs, options = make_inputs(case, torch.bfloat16)
     options["mem_valid"] = torch.rand(case.batch, case.groups) > 0.3
@@ -206,6 +160,7 @@ def test_schedules_change_nothing(backend):
 @pytest.mark.parametrize("bank_dtype", BANK_DTYPES, ids=str)
 @pytest.mark.parametrize("masked", [False, True])
 def test_write_memory(backend, bank_dtype, masked):
+    backend.leave_out(not masked and bank_dtype != torch.int8)
     # more memory rows than lanes of a warp: those before are counted in several steps
     case = Case("write", groups=70, kv_heads=3, dim=64)
     bank = make_bank(case, bank_dtype)
@@ -222,6 +177,7 @@ def test_write_memory(backend, bank_dtype, masked):
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("offset", [0, 8, 3])
 def test_slices_of_one_projection(backend, dtype, offset):
+    backend.leave_out(dtype != torch.bfloat16)
     # rows of one buffer, aligned to 16 bytes or not, between sentinels
     (q, k, v, *tables), options = make_inputs(BY_NAME["model"], dtype)
     heads, kv_heads, dim = q.shape[1], k.shape[1], q.shape[2]
@@ -244,7 +200,7 @@ def test_values_out_of_range_are_not_followed(backend):
         pytest.skip("values are checked on the host")
     case = BY_NAME["primes"]
     inputs, options = make_inputs(case)
-    options["positions"][0, :4] = torch.tensor([-1, 300, 2**62, -(2**62)])
+    options["positions"][0, :4] = torch.tensor([-1, POSITIONS, 2**62, -(2**62)])
     options["positions"][1:] = 5
     kv, kv_scale, table, slot0 = make_bank(case, torch.float32)
     before = kv.clone()

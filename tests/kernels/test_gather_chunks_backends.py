@@ -52,6 +52,7 @@ def check(actual, options, out_dtype, **more):
 @cases
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_gather_chunks(backend, case, dtype):
+    backend.leave_out(dtype != torch.float32 and case.name != "primes")
     options = options_of(case, dtype)
     actual = backend.gather_chunks(
         *bank_of(options), rope_mode=options["rope_mode"], out_dtype=dtype
@@ -66,6 +67,7 @@ def test_gather_chunks(backend, case, dtype):
 @pytest.mark.parametrize("out_dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("name", ["primes", "model"])
 def test_every_pair_of_dtypes(backend, name, out_dtype, bank_dtype):
+    backend.leave_out(name != "primes")
     options = options_of(dataclasses.replace(BY_NAME[name], bank_dtype=bank_dtype))
     for rope_mode in ("none", "affine"):
         options["rope_mode"] = rope_mode
@@ -104,6 +106,7 @@ def test_copies_are_exact_bit_for_bit(backend, dtype):
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("spare", [8, 3])
 def test_strided_banks_and_outputs(backend, dtype, spare):
+    backend.leave_out(dtype != torch.bfloat16)
     # `spare` elements behind each row: 8 keeps it aligned for runs of 16 bytes, 3 does not
     options = options_of(BY_NAME["model"], dtype)
     kv = options["kv"]
@@ -191,6 +194,7 @@ def check_gradient(backend, options, out_dtype, **more):
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("name", ["pages", "primes", "one", "wide"])
 def test_gradients(backend, name, dtype):
+    backend.leave_out(dtype != torch.float32 and name != "primes")
     assert check_gradient(backend, options_of(BY_NAME[name], dtype), dtype).any()
 
 

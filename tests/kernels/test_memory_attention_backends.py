@@ -94,11 +94,13 @@ def inputs_of(name, dtypes="bfloat16", **changes):
 def test_16_bit_attention_matches_reference(backend, case, dtypes):
     if DTYPES[dtypes][1] is not None and not case.pages:
         pytest.skip("no bank")
+    backend.leave_out(dtypes != "bfloat16" and case.name not in ("g4_tokens", "small"))
     check(backend, *inputs_of(case.name, dtypes))
 
 
 @pytest.mark.parametrize("name", ["one", "primes", "pages", "long_page", "int8", "float8"])
 def test_float32_attention_matches_reference(backend, name):
+    backend.leave_out(name != "long_page")  # the others: test_triton.py
     check(backend, *make_inputs(BY_NAME[name]))
 
 
@@ -121,6 +123,8 @@ def test_tables_may_be_scaled_and_start_later(backend, name, dtypes):
 @pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("name", ["g7_rotated", "small"])
 def test_every_schedule_gives_the_same_bits_without_bank_conflicts(backend, name, dtypes):
+    if len(backend.seeds) == 1:
+        pytest.skip("has one schedule")
     q, k, v, options = inputs_of(name, dtypes)
     results = []
     for seed in backend.seeds:
@@ -186,6 +190,7 @@ def test_nothing_to_see_gives_zero_and_minus_infinity(backend, queries, dtype):
 @pytest.mark.parametrize("name", ["g4_tokens", "prefill"])
 @pytest.mark.parametrize("dtypes", ["bfloat16", "int8"])
 def test_nan_queries_reach_their_own_rows_only(backend, name, dtypes):
+    backend.leave_out(dtypes != "bfloat16")
     q, k, v, options = inputs_of(name, dtypes)
     expected, expected_lse = backend.memory_attention(q, k, v, **options)
     q[0, 1, 2] = torch.nan
@@ -195,40 +200,11 @@ def test_nan_queries_reach_their_own_rows_only(backend, name, dtypes):
     assert torch.equal(out, expected) and torch.equal(lse, expected_lse)
 
 
-@pytest.mark.parametrize("rope_mode", ["none", "affine"])
-@pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("queries", [1, 20])
-def test_every_float8_code_is_read_and_nan_stays_where_it_belongs(backend, queries, dim, rope_mode):
-    if backend.name == "triton":
-        pytest.skip("tested in test_triton.py")
-    case = Case("codes", batch=1, queries=queries, keys=0, heads=3, kv_heads=1, dim=dim, pages=9,
-                bank_dtype=torch.float8_e4m3fn, rope_mode=rope_mode)  # fmt: skip
-    q, k, v, options = make_inputs(case, torch.float16)
-    codes = torch.arange(254) + (torch.arange(254) >= 127)  # without 0x7f and 0xff, NaN
-    kv = torch.stack([codes[torch.randperm(254)][:dim] for _ in range(9 * 3 * 2 * 64)])
-    kv = kv.view(9, 3, 1, 2, 64, dim).to(torch.uint8)
-    options["kv"], options["kv_scale"] = (
-        kv.view(torch.float8_e4m3fn),
-        torch.rand(9, 3, 1, 2, 64) / 99,
-    )
-    options |= {name: options[name].clamp(min=0) for name in PAGE_NAMES}
-    options["page_table"] = torch.arange(11).int()[None] % 9
-    options["page_len"][:], options["num_pages"][:] = 60, 3
-    out, _ = check(backend, q, k, v, options)
-    assert out.isfinite().all()
-    kv[2, 1, 0, 1, 7, 5], kv[0, 1, 0, 1, 59, dim - 2] = 0x7F, 0xFF
-    kv[:, :, :, :, 60:] = 0x7F  # not read
-    marked, _ = check(backend, q, k, v, options)
-    assert marked[..., [5, dim - 2]].isnan().all() and marked.isnan().sum() == 2 * 3 * queries
-    kv[1, 1, 0, 0, 9, dim // 2] = 0xFF
-    everywhere, lse = check(backend, q, k, v, options)
-    assert everywhere.isnan().all() and lse.isnan().all()
-
-
 # 72: rows stay aligned to 16 bytes; 65: they do not
 @pytest.mark.parametrize("width", [72, 65])
 @pytest.mark.parametrize("name", ["g4_tokens", "prefill"])
 def test_strided_inputs_match_reference(backend, name, width):
+    backend.leave_out(name != "g4_tokens")
     q, k, v, options = inputs_of(name)
     strided = []
     for x in (q, k, v, options["kv"]):

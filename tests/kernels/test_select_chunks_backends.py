@@ -56,6 +56,7 @@ def test_both_zeros_are_equal(backend, dtype):
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("budget", [1, 37, 300, 5000])
 def test_budgets(backend, dtype, budget):
+    backend.leave_out(dtype != torch.float32 and budget != 37)
     # scores of every magnitude, so that each digit of the radix select decides somewhere
     scores = (torch.randn(2, 301) * 10.0 ** torch.randint(-4, 4, (2, 301))).to(dtype)
     scores[:, ::7] = NAN

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Damaged and hostile banks, and full disks: one clear error, nothing lost, nothing elsewhere."""
 
+import errno
 import json
 import os
 import resource
@@ -181,6 +182,29 @@ def test_links_are_not_followed(tiny_model, bank_path, tmp_path, prose):
     build_bank(tiny_model, bank_path, documents_of(prose, 0))
     assert (precious / "file").read_text() == "precious"
     assert verify_bank(bank_path) == [] and litter(bank_path) == set()
+
+
+def test_a_manifest_that_never_ends(bank_path):
+    (bank_path / "manifest.json").unlink()
+    os.mkfifo(bank_path / "manifest.json")
+    with pytest.raises(BankError, match=r"manifest\.json: expected an ordinary file"):
+        MemoryBank.open(bank_path)
+
+
+def test_a_segment_that_may_not_be_read(bank_path, monkeypatch):
+    """Through a stand-in for the system's refusal, which root never meets."""
+    path, refused = first_segment(bank_path), os.open
+
+    def refuse(name, *arguments):
+        if name == path:
+            raise PermissionError(errno.EACCES, "Permission denied", str(name))
+        return refused(name, *arguments)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(BankError, match=f"{path.name}: expected a readable file, got: Permission"):
+        MemoryBank.open(bank_path)
+    [problem] = verify_bank(bank_path)
+    assert path.name in problem
 
 
 def test_text_that_is_no_utf8(bank_path):

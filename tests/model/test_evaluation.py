@@ -13,9 +13,11 @@ from lychee.eval import methods
 from lychee.eval.harness import Setting, fingerprint, run, settings_of, support_read
 from lychee.eval.methods import PeakMemory, check_methods, make_method
 from lychee.eval.needles import BREAKDOWN, NeedleTexts, key_counts
-from lychee.eval.records import RECORDS, RecordFile
+from lychee.eval.records import RECORDS, RecordFile, cell_key
 from lychee.eval.report import Table, summarise, support_of, wilson_interval
 from lychee.eval.tasks import Request, TaskCell, task_cells, task_names
+from lychee.gate import Gate, GateConfig
+from lychee.memory_model import LycheeMemory
 from lychee.trace import Answer, Step, Usage
 
 SHARED = {"seed": 1}
@@ -191,6 +193,24 @@ def test_what_was_read_is_held_against_what_supports():
     ]
     assert support_of(records) == {"support_recall": 2 / 3, "support_precision": 2 / 5}
     assert set(support_of(records[2:]).values()) == {None}
+
+
+def test_gates_are_compared(cells, tiny_model):
+    gate = Gate(tiny_model.decoder, GateConfig(layers=3, tail=3)).eval()
+    parts = (tiny_model.decoder, tiny_model.tokenizer, tiny_model.raw_config, tiny_model.memory)
+    model = LycheeMemory(*parts, gate)
+    settings = settings_of(["ours"], gates=["off", "0.0", "1.0"])
+    records = RecordFile(None, SHARED)
+    off, all_pass, none_pass = run(cells[:1], settings, lambda _: model, records)
+    assert [cell["gate"] for cell in (off, all_pass, none_pass)] == ["off", "0.0", "1.0"]
+    assert off["chunks_read"] == all_pass["chunks_read"] == off["chunks"]
+    assert off["support_recall"] == 1 and none_pass["chunks_read"] < off["chunks_read"]
+    read = [record["support_read"] for record in records.of(cell_key(none_pass))]
+    assert none_pass["support_recall"] == sum(read) / sum(
+        record["support_chunks"] for record in records.of(cell_key(none_pass))
+    )
+    # What the gate lets through, the trace says; here nothing behind the opening chunks.
+    assert none_pass["support_recall"] < 1
 
 
 def test_banks_of_another_dtype_are_made(tiny_model, prose):

@@ -118,7 +118,7 @@ def test_resuming_gives_the_same_weights(tmp_path, books, base, trained):
 def test_another_base_is_refused(tmp_path, books, trained):
     other = write_base(tmp_path / "other", books, seed=1)
     recipe = write_recipe(tmp_path, LORA_RECIPE)
-    with pytest.raises(CheckpointError, match="model: frozen_weights: expected .* got '"):
+    with pytest.raises(CheckpointError, match="start: frozen_weights: expected .* got '"):
         Pretraining.train(recipe, trained, books=books, start=other, resume=True)
 
 

@@ -157,6 +157,12 @@ def test_too_little_text_is_refused(tmp_path, books):
         )
 
 
+def test_a_ratio_that_does_not_divide_the_window_is_refused(tmp_path, books):
+    recipe = RECIPE.replace("chunk = 64\nbatch", "chunk = 192\nbatch").replace("[2, 4]", "[2, 3]")
+    with pytest.raises(InputError, match="divisors of the window of 64 tokens, got 3"):
+        small_run(tmp_path / "run", books, recipe)
+
+
 def test_missing_books_are_named(tmp_path):
     with pytest.raises(InputError, match="expected the recipe's books, got no book.txt"):
         Pretraining.train(write_recipe(tmp_path), tmp_path / "run", books=tmp_path)

@@ -191,7 +191,7 @@ def test_resuming_refuses_another_start(tmp_path, books, whole):
     small_reader(seed=2).save_pretrained(tmp_path / "other", torch.float32)
     run = new_run(tmp_path, books, tmp_path / "other")
     shutil.copy(whole / "state.pt", tmp_path / "run")
-    with pytest.raises(CheckpointError, match="model: start: expected"):
+    with pytest.raises(CheckpointError, match="start: weights: expected"):
         run.resume()
 
 

@@ -180,6 +180,13 @@ def test_another_runs_checkpoint_is_refused(tmp_path, books, change, message):
         Pretraining.train(recipe, tmp_path / "run", books=books, resume=True)
 
 
+def test_other_texts_are_refused(tmp_path, books):
+    saved_run(tmp_path / "run", books)
+    (tmp_path / "book.txt").write_text((books / "book.txt").read_text() + "more")
+    with pytest.raises(CheckpointError, match="recipe: texts: expected '.* got '"):
+        Pretraining.train(tmp_path / "recipe.toml", tmp_path / "run", books=tmp_path, resume=True)
+
+
 def test_another_kinds_checkpoint_is_refused(tmp_path, books):
     class OtherTraining(Pretraining):
         kind = "other"
