@@ -96,12 +96,13 @@ def run(
     Args:
         load: gives the model at a ratio.
         metrics: names, of which the first one ranks; each question's own where none is named.
-        progress: called with (questions answered, questions in all) of a cell.
+        progress: called with (questions answered, questions in all).
 
     Raises:
         InputError: a record that cannot be asked, by name; what was answered before is kept.
     """
     models: dict[int | None, LycheeMemory] = {}
+    done, total = 0, len(settings) * sum(cell.questions for cell in cells)
     for setting in settings:
         if setting.ratio not in models:
             models = {setting.ratio: load(setting.ratio)}
@@ -118,10 +119,10 @@ def run(
                 "bank_dtype": setting.bank_dtype if ours else None,
                 "gate": setting.gate if ours else None,
             }
-            key, done = cell_key(head), 0
+            key = cell_key(head)
             for index, samples in enumerate(cell.texts()):
                 if not records.has(key, index):
-                    progress(done, cell.questions)
+                    progress(done, total)
                     records.add(answer_text(method, model, head, index, samples, metrics))
                 done += len(samples)
             yield summarise(records.of(key), cell.breakdown)

@@ -79,9 +79,14 @@ def reproduce(
     gated = load(None).gate is not None
     found: dict[CellKey, Cell] = {}
     refused = []
-    for setting, cell in runs_of(plan, make_cells, gated):
+    runs = list(runs_of(plan, make_cells, gated))
+    for index, (setting, cell) in enumerate(runs):
+
+        def report_progress(done: int, questions: int, index: int = index) -> None:
+            progress(index * questions + done, len(runs) * questions)
+
         try:
-            for result in run([cell], [setting], load, records, progress=progress):
+            for result in run([cell], [setting], load, records, progress=report_progress):
                 found[cell_key(result)] = result
         except InputError as error:
             if setting.method == OURS:

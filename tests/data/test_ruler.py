@@ -134,6 +134,7 @@ def test_splits_share_no_names_values_or_filler(makers, task):
         parts = set()
         for index in range(3):
             for sample in makers[split].make(task, 3000, index, questions=4):
+                assert {split_of(answer) for answer in sample.answers} == {split}
                 parts |= set(sample.answers)
                 stripped = re.sub(r"One of the special[^.]*\.", "", sample.context)
                 if task.startswith("niah") and TASKS[task].haystack != "needles":
