@@ -235,7 +235,7 @@ def test_bad_recipes(tmp_path, change, message):
         PretrainRecipe.load(write_recipe(tmp_path, RECIPE.replace(*change)))
 
 
-@pytest.mark.parametrize("kind", ["pretrain", "sft", "rl"])
+@pytest.mark.parametrize("kind", ["pretrain", "sft", "rl", "gate"])
 def test_commands_report_mistakes_in_one_line(tmp_path, books, capsys, monkeypatch, kind):
     recipe = str(write_recipe(tmp_path, RECIPE.replace("seed", "sead")))
     arguments = ["lychee", "train", kind, recipe, "--out", str(tmp_path / "run")]
