@@ -113,47 +113,43 @@ def evict(path):
         os.close(descriptor)
 
 
-def read_all(path):
-    buffer = bytearray(8 << 20)
-    for file in path.rglob("*.safetensors"):
-        with open(file, "rb", buffering=0) as stream:
-            while stream.readinto(buffer):
-                pass
-
-
 @pytest.mark.parametrize("threads", [machine.THREADS[-1]], indirect=True)
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="needs posix_fadvise")
 def test_a_large_bank_opens_at_once_and_is_asked_from_disk(benchmark, model, large_bank, threads):
     """The question reads every chunk: all pages come from the disk, cold at first."""
-    evict(large_bank)
-    opening = benchmark.pedantic(
-        measured, (MemoryBank.open, large_bank), {"model": model}, rounds=1
-    )
-    stored = opening[2]
+    opened = []
+
+    def open_cold():
+        evict(large_bank)
+        opened.append(measured(MemoryBank.open, large_bank, model=model))
+
+    benchmark.pedantic(open_cold, rounds=5)
+    stored = opened[-1][2]
+    open_seconds = min(run[0] for run in opened)
     in_memory = MemoryBank.open(large_bank, model=model, tier="cpu")
     model.ask(model.remember("A short text to begin with."), QUESTION)
-    memory_seconds, _, wanted = measured(model.ask, in_memory, QUESTION)
+    kept = measured(model.ask, in_memory, QUESTION)
     del in_memory
     evict(large_bank)
-    reading_seconds, *_ = measured(read_all, large_bank)
-    evict(large_bank)
-    cold_seconds, _, answer = measured(model.ask, stored, QUESTION)
-    asked_bytes = stored.bytes_read
-    warm_seconds, *_ = measured(model.ask, stored, QUESTION)
-    assert (answer.text, answer.trace) == (wanted.text, wanted.trace)
-    beyond = (cold_seconds - reading_seconds) / memory_seconds
+    before = stored.bytes_read
+    cold = measured(model.ask, stored, QUESTION)
+    asked_bytes = stored.bytes_read - before
+    warm = measured(model.ask, stored, QUESTION)
+    assert (cold[2].text, cold[2].trace) == (kept[2].text, kept[2].trace)
+    runs = {"memory": kept, "cold": cold, "warm": warm}
+    # Waiting for the disk costs no processor time: these are the costs beyond the pages read.
+    ratios = {name: run[1] / kept[1] for name, run in runs.items()}
     benchmark.extra_info |= {
         "threads": threads,
         "bank_bytes": stored.nbytes,
         "bytes_read": asked_bytes,
-        "open_seconds": opening[0],
-        "ask_seconds": {"memory": memory_seconds, "cold": cold_seconds, "warm": warm_seconds},
-        "read_files_seconds": reading_seconds,
-        "note": f"a bank of {stored.nbytes / 1e9:.2f} GB opens in {opening[0]:.3f} s; a question "
-        f"that reads {asked_bytes / 1e9:.2f} GB takes {memory_seconds:.1f} s from memory, "
-        f"{warm_seconds / memory_seconds:.2f} times that from cached files, {beyond:.2f} times "
-        f"from a cold disk less the {reading_seconds:.1f} s of reading",
+        "open_seconds": open_seconds,
+        "ask_seconds": {name: run[0] for name, run in runs.items()},
+        "ask_processor_seconds": {name: run[1] for name, run in runs.items()},
+        "note": f"a bank of {stored.nbytes / 1e9:.2f} GB opens in {open_seconds:.3f} s; a question "
+        f"that reads {asked_bytes / 1e9:.2f} GB takes {kept[0]:.1f} s from memory, {cold[0]:.1f} s "
+        f"from a cold disk and {warm[0]:.1f} s from cached files, {ratios['cold']:.2f} and "
+        f"{ratios['warm']:.2f} times the processor time",
     }
-    assert opening[0] < 0.2
-    assert warm_seconds < 1.2 * memory_seconds
-    assert beyond < 1.2
+    assert open_seconds < 0.2
+    assert max(ratios.values()) < 1.2
