@@ -28,7 +28,7 @@ MAX_TOKENS = 4096
 # Keys and values of prompts that one gating pass may copy, in tokens.
 MAX_GATE_TOKENS = 16384
 # Chunks gated ahead at first; twice as many each time the notes stay as they are.
-FIRST_WINDOW = 32
+FIRST_WINDOW = 64
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Reading:
     horizon: int = 0  # chunks before it are gated under the notes as they stand
     scores: dict[int, float] = field(default_factory=dict)
     wanted: deque[int] = field(default_factory=deque)  # of the chunks before the horizon
-    window: int = FIRST_WINDOW
+    window: int = 1
     lookahead: int = 1
     unchanged: int = 0  # chunks settled in a row without a change of the notes
     changed: bool = False  # in this round
@@ -140,6 +140,7 @@ class ReadingLoop:
         start = self.reasoner.prompts.no_memory
         readings = [Reading(i, question, list(start)) for i, question in enumerate(questions)]
         for reading in readings:
+            reading.window = FIRST_WINDOW
             self._open(reading)
         while active := [reading for reading in readings if not reading.done][:MAX_ROWS]:
             if asking := [r for r in active if not r.wanted]:
