@@ -100,11 +100,12 @@ def capture(run: TrainingRun) -> dict[str, Any]:
     Tensors are as in one process, however many there are; only the first process has them all.
     """
     whole = run.processes.whole
-    optimizer = run.optimizer.state_dict()
-    moments = {
-        index: {name: whole(value) for name, value in entry.items()}
-        for index, entry in optimizer["state"].items()
-    }
+    optimizers = [optimizer.state_dict() for optimizer in run.optimizers]
+    for optimizer in optimizers:
+        optimizer["state"] = {
+            index: {name: whole(value) for name, value in entry.items()}
+            for index, entry in optimizer["state"].items()
+        }
     version, internal, gauss = run.random.getstate()
     averages = Averages()
     averages.merge(run.processes.gather(run.averages.sums))
@@ -112,7 +113,7 @@ def capture(run: TrainingRun) -> dict[str, Any]:
         "step": run.step,
         "seconds": run.seconds,
         "weights": {name: whole(value) for name, value in run.trained_parameters().items()},
-        "optimizer": {"state": moments, "param_groups": optimizer["param_groups"]},
+        "optimizers": optimizers,
         "random": [version, list(internal), gauss],
         "torch_random": torch.get_rng_state(),
         "averages": averages.sums,
@@ -126,11 +127,12 @@ def restore(run: TrainingRun, state: dict[str, Any]) -> None:
     with torch.no_grad():
         for name, parameter in named.items():
             parameter.copy_(like(state["weights"][name], parameter))
-    parameters = list(named.values())
-    for index, entry in state["optimizer"]["state"].items():
-        for name, value in entry.items():
-            entry[name] = like(value, parameters[index])
-    run.optimizer.load_state_dict(state["optimizer"])
+    for optimizer, saved in zip(run.optimizers, state["optimizers"], strict=True):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for index, entry in saved["state"].items():
+            for name, value in entry.items():
+                entry[name] = like(value, parameters[index])
+        optimizer.load_state_dict(saved)
     version, internal, gauss = state["random"]
     run.random.setstate((version, tuple(internal), gauss))
     torch.set_rng_state(state["torch_random"])

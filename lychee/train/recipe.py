@@ -79,7 +79,9 @@ class Recipe:
         threads: of torch, per process.
         warmup_steps: over which the learning rate rises from 0.
         clip: largest norm of the gradient over all parameters.
-        betas, weight_decay: of AdamW.
+        optimizer: adamw, or muon for the projections and adamw for the rest.
+        betas: of AdamW.
+        weight_decay: of either optimiser.
         save_every, log_every: in steps.
         books: names or patterns of texts in the folder of books; none is every *.txt there, or with
             `data` the texts of its questions.
@@ -95,6 +97,7 @@ class Recipe:
     threads: int = 1
     warmup_steps: int = 0
     clip: float = 1.0
+    optimizer: typing.Literal["adamw", "muon"] = "adamw"
     betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = 0.0
     save_every: int = 200

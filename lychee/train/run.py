@@ -23,6 +23,7 @@ from lychee.memory_model import LycheeMemory
 from lychee.train.adapters import attach_adapters, save_adapter_folder
 from lychee.train.checkpoint import capture, check_state, load_state, restore, save_state
 from lychee.train.metrics import Averages, MetricsLog, Value
+from lychee.train.optimizers import make_optimizers
 from lychee.train.processes import Processes, to_device
 from lychee.train.recipe import Recipe
 from lychee.train.start import (
@@ -70,6 +71,8 @@ class TrainingRun:
         device: str = "auto",
         shard: bool = False,
     ):
+        if shard and recipe.optimizer == "muon":
+            raise InputError("optimizer: expected adamw for spread weights, got muon")
         torch.set_num_threads(recipe.threads)
         self.recipe, self.folder, self.step, self.seconds = recipe, folder, 0, 0.0
         self.processes = Processes(device, shard)
@@ -98,11 +101,7 @@ class TrainingRun:
         self.identity, self.frozen = identity(self.model), frozen_fingerprint(self.modules)
         self.modules.to(self.device)
         self.wrapped = self.processes.wrap(self.modules, self.loss)
-        self.optimizer = torch.optim.AdamW(
-            list(self.trained_parameters().values()),
-            betas=recipe.betas,
-            weight_decay=recipe.weight_decay,
-        )
+        self.optimizers = make_optimizers(recipe, self.trained_parameters())
 
     def prepare(self) -> None:
         """Build samplers and further modules."""
@@ -164,11 +163,12 @@ class TrainingRun:
         Raises:
             TrainingError: loss or gradient is not finite; the batch is saved, no weight moved.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.learning_rate_at(self.step)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.recipe.learning_rate_at(self.step)
+            optimizer.zero_grad(set_to_none=True)
         part = to_device(self.processes.part(batch), self.device)
         loss, metrics = self.wrapped(part)
-        self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         parameters = list(self.trained_parameters().values())
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.recipe.clip)
@@ -178,7 +178,8 @@ class TrainingRun:
         }
         if not all(math.isfinite(value) for value in found.values()):
             self.stop_on(batch, found)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         return metrics | found
 
     def stop_on(self, batch: Any, found: dict[str, float]) -> None:
