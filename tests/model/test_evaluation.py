@@ -13,7 +13,7 @@ from lychee.eval import methods
 from lychee.eval.harness import Setting, fingerprint, run, settings_of, support_read
 from lychee.eval.methods import PeakMemory, check_methods, make_method
 from lychee.eval.needles import BREAKDOWN, NeedleTexts, key_counts
-from lychee.eval.records import RECORDS, RecordFile, cell_key
+from lychee.eval.records import CELL, RECORDS, RecordFile, cell_key
 from lychee.eval.report import Table, summarise, support_of, wilson_interval
 from lychee.eval.tasks import Request, TaskCell, task_cells, task_names
 from lychee.gate import Gate, GateConfig
@@ -193,6 +193,22 @@ def test_what_was_read_is_held_against_what_supports():
     ]
     assert support_of(records) == {"support_recall": 2 / 3, "support_precision": 2 / 5}
     assert set(support_of(records[2:]).values()) == {None}
+
+
+def test_times_of_a_text_count_once():
+    shared = dict.fromkeys(CELL) | {"details": {}, "text_tokens": 9, "memory_bytes": 1, "chunks": 1}
+    shared |= {
+        "support_chunks": None,
+        "support_read": None,
+        "chunks_read": 1,
+        "scores": {"f1": 0.5},
+    }
+    texts = [(0, 1.0, 3.0, 10), (0, 1.0, 3.0, 10), (1, 3.0, 6.0, None)]
+    names = ("text", "build_seconds", "ask_seconds", "peak_bytes")
+    cell = summarise([shared | dict(zip(names, text, strict=True)) for text in texts], {})
+    # Two texts were built in 1 and 3 seconds; three questions were asked in 3 and 6.
+    assert (cell["build_seconds"], cell["ask_seconds"], cell["answer_seconds"]) == (2, 3, 5)
+    assert (cell["texts"], cell["questions"], cell["peak_bytes"]) == (2, 3, 10)
 
 
 def test_gates_are_compared(cells, tiny_model):
