@@ -47,6 +47,8 @@ def test_crossover_by_hand():
     zigzag = [(1, 1.0), (4, 4.0), (16, 1.0)]
     assert plots.crossover(zigzag, [(1, 2.0), (4, 2.0), (16, 2.0)]) == pytest.approx(8.0)
     assert plots.crossover(zigzag[:2], [(1, 2.0), (4, 2.0)]) is None
+    twice = [(1, 4.0), (4, 1.0), (16, 4.0), (64, 1.0)]
+    assert plots.crossover(twice, [(x, 2.0) for x, _ in twice]) == pytest.approx(32.0)
 
 
 def test_series_have_a_name_and_two_points():

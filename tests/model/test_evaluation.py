@@ -10,12 +10,12 @@ from lychee.data.needles import NeedleMaker
 from lychee.data.task import TaskSample
 from lychee.errors import InputError
 from lychee.eval import methods
-from lychee.eval.harness import Setting, fingerprint, run, settings_of, support_read
-from lychee.eval.methods import PeakMemory, check_methods, make_method
+from lychee.eval.harness import Setting, run, settings_of, support_read
+from lychee.eval.methods import check_methods
 from lychee.eval.needles import BREAKDOWN, NeedleTexts, key_counts
-from lychee.eval.records import RECORDS, RecordFile, cell_key
+from lychee.eval.records import CELL, RECORDS, RecordFile, cell_key
 from lychee.eval.report import Table, summarise, support_of, wilson_interval
-from lychee.eval.tasks import Request, TaskCell, task_cells, task_names
+from lychee.eval.tasks import TaskCell
 from lychee.gate import Gate, GateConfig
 from lychee.memory_model import LycheeMemory
 from lychee.trace import Answer, Step, Usage
@@ -195,6 +195,22 @@ def test_what_was_read_is_held_against_what_supports():
     assert set(support_of(records[2:]).values()) == {None}
 
 
+def test_times_of_a_text_count_once():
+    shared = dict.fromkeys(CELL) | {"details": {}, "text_tokens": 9, "memory_bytes": 1, "chunks": 1}
+    shared |= {
+        "support_chunks": None,
+        "support_read": None,
+        "chunks_read": 1,
+        "scores": {"f1": 0.5},
+    }
+    texts = [(0, 1.0, 3.0, 10), (0, 1.0, 3.0, 10), (1, 3.0, 6.0, None)]
+    names = ("text", "build_seconds", "ask_seconds", "peak_bytes")
+    cell = summarise([shared | dict(zip(names, text, strict=True)) for text in texts], {})
+    # Two texts were built in 1 and 3 seconds; three questions were asked in 3 and 6.
+    assert (cell["build_seconds"], cell["ask_seconds"], cell["answer_seconds"]) == (2, 3, 5)
+    assert (cell["texts"], cell["questions"], cell["peak_bytes"]) == (2, 3, 10)
+
+
 def test_gates_are_compared(cells, tiny_model):
     gate = Gate(tiny_model.decoder, GateConfig(layers=3, tail=3)).eval()
     parts = (tiny_model.decoder, tiny_model.tokenizer, tiny_model.raw_config, tiny_model.memory)
@@ -211,79 +227,3 @@ def test_gates_are_compared(cells, tiny_model):
     )
     # What the gate lets through, the trace says; here nothing behind the opening chunks.
     assert none_pass["support_recall"] < 1
-
-
-def test_banks_of_another_dtype_are_made(tiny_model, prose):
-    method = make_method("ours", tiny_model, bank_dtype="int8")
-    (answer,) = method.answer(prose(200), ["where is the sea"])
-    (whole,) = make_method("ours", tiny_model).answer(prose(200), ["where is the sea"])
-    assert answer.usage.memory_bytes < 0.5 * whole.usage.memory_bytes
-
-
-def test_every_installed_method_answers(tiny_model, prose):
-    for name in methods.known_methods():
-        method = make_method(name, tiny_model)
-        questions = ["where is the sea", "who cried over the mast"]
-        answers = method.answer(prose(60), questions)
-        assert [answer.question for answer in answers] == questions
-        assert method.build_seconds >= 0 and all(a.usage.text_tokens > 60 for a in answers)
-
-
-def test_task_names_and_lengths(books, tiny_model):
-    assert task_names("vt,needles,vt") == ["vt", "needles"]
-    assert len(task_names("ruler")) == 11
-    with pytest.raises(
-        InputError, match="task: expected one of ruler, multihop, needles, .*, got 'qa'"
-    ):
-        task_names("vt,qa")
-    with pytest.raises(InputError, match="expected tasks that are generated or tasks of files"):
-        task_cells(["vt", "own"], [100], Request((books,)), tiny_model.tokenizer)
-    with pytest.raises(InputError, match="own: length: expected none, as texts stay as they are"):
-        task_cells(["own"], [100], Request((books,)), tiny_model.tokenizer)
-    with pytest.raises(InputError, match="own: expected a data file, got none"):
-        task_cells(["own"], [100], Request(), tiny_model.tokenizer)
-
-
-def test_a_text_is_asked_all_its_questions(tiny_model):
-    """RULER's tasks over the shipped novel: as many questions as asked for, texts shared."""
-    request = Request((), 6, split=None)
-    (cell,) = task_cells(["fwe"], [700], request, ShippedWords(tiny_model.tokenizer))
-    assert len(list(cell.texts())) == 6
-    (cell,) = task_cells(["niah_multikey_1"], [700], request, ShippedWords(tiny_model.tokenizer))
-    assert [len(samples) for samples in cell.texts()] == [4, 2]
-
-
-class ShippedWords:
-    """Counts words as tokens, so that the novel's words are one token each."""
-
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
-
-    def encode(self, text):
-        return text.split()
-
-
-def test_fingerprint_changes_with_the_weights(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    weights = tmp_path / "model.safetensors"
-    weights.write_bytes(bytes(200_000))
-    first = fingerprint(tmp_path)
-    weights.write_bytes(bytes(199_999) + b"1")
-    assert fingerprint(tmp_path) != first == fingerprint_again(tmp_path, weights)
-
-
-def fingerprint_again(folder, weights):
-    weights.write_bytes(bytes(200_000))
-    return fingerprint(folder)
-
-
-def test_peak_memory_sees_what_was_used_and_freed(tiny_model):
-    device = tiny_model.decoder.device
-    with PeakMemory(device) as small:
-        pass
-    with PeakMemory(device) as large:
-        block = bytearray(96 << 20)
-        del block
-    if small.bytes is None:
-        pytest.skip("this system does not measure a process's peak")
-    assert small.bytes < 16 << 20 and 90 << 20 < large.bytes < 130 << 20
