@@ -189,10 +189,12 @@ def draw(result: dict, path: Path) -> None:
         steps = sorted(set.intersection(*map(set, curves))) if curves else []
         means = [statistics.mean(curve[step] for curve in curves) for step in steps]
         axis.plot(steps, means, color=colour, linewidth=2.5, label=kind)
-    supervised = result["summary"].get("supervised")
+    supervised = [run for run in result["runs"] if run["kind"] == "supervised"]
     if supervised:
-        label = "supervised for the same time"
-        axis.axhline(supervised["mean"], color="tab:gray", linestyle="--", label=label)
+        steps = min(run["evaluations"][-1]["step"] for run in supervised)
+        mean = result["summary"]["supervised"]["mean"]
+        label = f"{steps} steps of supervised training"
+        axis.axhline(mean, color="tab:gray", linestyle="--", label=label)
     axis.set_xlabel("steps of reinforcement learning")
     axis.set_ylabel("greedy accuracy on held-out texts")
     axis.legend()
