@@ -231,3 +231,9 @@ def test_version_has_one_source():
     assert 'dynamic = ["version"]' in pyproject
     sources = [p for p in PYTHON if re.search(r'^__version__\s*=\s*"', p.read_text(), re.M)]
     assert [name_of(path) for path in sources] == ["lychee_kernels/__init__.py"]
+
+
+def test_no_two_test_modules_share_a_name():
+    """Pytest imports them by their names alone, so one would hide the other."""
+    names = [path.name for path in ROOT.glob("tests/**/*.py") if path.name != "conftest.py"]
+    assert len(names) == len(set(names))

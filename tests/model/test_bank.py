@@ -3,36 +3,13 @@
 
 import pytest
 import torch
+from bank_contents import assert_same_memory, documents_of, read_back
 
 import lychee_kernels as lk
 from lychee.bank import DTYPES, Document, page_bytes, pages_of
 from lychee.bank.pages import PageLayout, PagePool
 from lychee.config import MemoryConfig
 from lychee.errors import BankError, InputError
-
-
-def documents_of(prose, *seeds, words=60):
-    return [Document(f"document {seed}", prose(words, seed=seed)) for seed in seeds]
-
-
-def read_back(bank, chunk):
-    """Keys and values [L, Hkv, 2, memory tokens, D] of a chunk, float32, scales applied."""
-    table = bank.page_table([[chunk]])
-    kept = []
-    for page, used in zip(table.table[0].tolist(), table.length[0].tolist(), strict=True):
-        values = table.kv[page].float()
-        if table.scale is not None:
-            values = values * table.scale[page][..., None]
-        kept.append(values[:, :, :, :used])
-    return torch.cat(kept, dim=3)
-
-
-def assert_same_memory(bank, other):
-    """Two banks hold the same documents in the same order with the same pages, bit for bit."""
-    assert [(d.name, d.text) for d in bank.documents] == [(d.name, d.text) for d in other.documents]
-    assert [chunk[:5] for chunk in bank.chunks] == [chunk[:5] for chunk in other.chunks]
-    for index in range(len(bank)):
-        assert torch.equal(read_back(bank, index), read_back(other, index)), index
 
 
 # Rounding to nearest: half a step of 1/127, and half a step of a 3-bit mantissa.

@@ -9,8 +9,7 @@ import sys
 
 import pytest
 import torch
-from test_bank import assert_same_memory, documents_of, read_back
-from test_bank_disk import build_bank, litter
+from bank_contents import assert_same_memory, build_bank, documents_of, litter, read_back
 
 from lychee.bank import BankBuilder, Document, MemoryBank, build, verify_bank
 from lychee.bank.lock import WriterLock

@@ -3,8 +3,8 @@
 
 import pytest
 import torch
+from bank_contents import assert_same_memory, build_bank, documents_of, litter, read_back
 from safetensors import safe_open
-from test_bank import assert_same_memory, documents_of, read_back
 
 from lychee import LycheeMemory
 from lychee.bank import BankBuilder, Document, MemoryBank, build, is_bank, save, verify_bank
@@ -16,19 +16,6 @@ def short_runs(monkeypatch):
     """Commits after every few chunks, as a long build has them."""
     monkeypatch.setattr(build, "BATCH_TOKENS", 64)
     monkeypatch.setattr(build, "COMMIT_SECONDS", 0)
-
-
-def build_bank(model, path, documents, **options):
-    with BankBuilder(model, path, **options) as builder:
-        return builder.add(documents)
-
-
-def litter(path):
-    """Files in a bank's folder that its manifest does not name."""
-    manifest = MemoryBank.open(path).manifest
-    named = {f"segments/{sha256}.safetensors" for sha256 in manifest.segments}
-    files = {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()}
-    return files - named - {"manifest.json", "lock"}
 
 
 @pytest.mark.parametrize("dtype", ["auto", "float16", "int8", "e4m3"])

@@ -8,8 +8,7 @@ import resource
 import shutil
 
 import pytest
-from test_bank import documents_of
-from test_bank_disk import build_bank, litter
+from bank_contents import build_bank, documents_of, litter
 
 from lychee.bank import BankBuilder, Document, MemoryBank, build, verify_bank
 from lychee.bank.folder import BankWriter

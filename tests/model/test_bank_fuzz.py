@@ -9,8 +9,7 @@ import json
 import os
 
 import pytest
-from test_bank import documents_of
-from test_bank_disk import build_bank
+from bank_contents import build_bank, documents_of
 
 from lychee.bank import MemoryBank, build, verify_bank
 from lychee.bank.manifest import checksum, parse_manifest

@@ -14,8 +14,7 @@ import time
 
 import pytest
 import torch
-from test_bank import documents_of, read_back
-from test_bank_disk import build_bank, litter
+from bank_contents import build_bank, documents_of, litter, read_back
 
 from lychee.bank import BankBuilder, Document, MemoryBank, build, is_bank, verify_bank
 

@@ -8,6 +8,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -58,20 +59,16 @@ def case(request, tmp_path) -> Case:
 @torch.inference_mode()
 def compress(case: Case, ids: torch.Tensor, mask: torch.Tensor) -> MemoryBank:
     """A bank whose chunk b is row b of `ids`; a row of padding only has no memory tokens."""
-    bank = MemoryBank(
-        case.decoder.config, case.memory, device=torch.device("cpu"), dtype=torch.float32
-    )
-    lengths = mask.sum(1).tolist()
-    bank.reserve(len(ids) * bank.pages_for(case.memory.chunk))
-    for length in lengths:
-        pages = bank.allocate(case.memory.chunk)
-        used = bank.memory_tokens_for(length)
-        bank.chunks.append(Chunk(0, 0, 0, length, used, pages[: -(-used // PAGE_TOKENS)]))
-    count = bank.pages_for(case.memory.chunk)
-    pages = [range(row * count, (row + 1) * count) for row in range(len(ids))]
+    # A bank needs no more of its model, and a recorded case has no tokenizer to make one.
+    bank = MemoryBank(SimpleNamespace(decoder=case.decoder, memory=case.memory))
+    count = -(-case.memory.slots // PAGE_TOKENS)
+    pages = [bank.pages.allocate(count) for _ in ids]
+    for length, row in zip(mask.sum(1).tolist(), pages, strict=True):
+        used = -(-length // case.memory.ratio)
+        bank.chunks.append(Chunk(0, 0, 0, length, used, row[: -(-used // PAGE_TOKENS)]))
     Compressor(case.decoder).run(
         ids,
-        bank.sink(pages),
+        bank.pages.sink(pages),
         ratio=case.memory.ratio,
         window=case.memory.window,
         mask=None if bool(mask.all()) else mask.bool(),
@@ -87,7 +84,9 @@ def test_compressed_keys_and_values(case):
             recorded = case.tensors[f"{name}.{layer}"].transpose(1, 2)
             for row, chunk in enumerate(bank.chunks):
                 # [pages, Hkv, P, D] -> [tokens, Hkv, D]
-                stored = bank.kv[list(chunk.pages), layer, :, index].transpose(1, 2).flatten(0, 1)
+                stored = (
+                    bank.pages.kv[list(chunk.pages), layer, :, index].transpose(1, 2).flatten(0, 1)
+                )
                 stored = stored[: chunk.memory_tokens]
                 expected = recorded[row][valid[row]]
                 assert stored.shape == expected.shape
