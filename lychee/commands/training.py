@@ -56,34 +56,35 @@ def run_kind(kind: str, config: Path, out: Path, **options) -> None:
     training_class(kind).train(config, out, **options)
 
 
-@train.command()
-def pretrain(
-    config: Config,
-    out: Out,
-    books: Books = None,
-    start: Start = None,
-    resume: Resume = False,
-    device: Where = Device.auto,
-    shard: Shard = False,
-) -> None:
-    """Train compressor and reader together: next tokens, reciting, continuing, recall of facts."""
-    options = {"books": books, "start": start, "resume": resume, "device": device, "shard": shard}
-    run_kind("pretrain", config, out, **options)
+# Kinds whose commands take the common options alone.
+PLAIN_KINDS = {
+    "pretrain": "Train compressor and reader together: next tokens, reciting, continuing, recall "
+    "of facts.",
+    "sft": "Train the reading loop on traces of working memory, over several hops.",
+    "gate": "Train the gate that says which chunks a question needs.",
+}
 
 
-@train.command()
-def sft(
-    config: Config,
-    out: Out,
-    books: Books = None,
-    start: Start = None,
-    resume: Resume = False,
-    device: Where = Device.auto,
-    shard: Shard = False,
-) -> None:
-    """Train the reading loop on traces of working memory, over several hops."""
-    options = {"books": books, "start": start, "resume": resume, "device": device, "shard": shard}
-    run_kind("sft", config, out, **options)
+def add_command(kind: str, text: str) -> None:
+    """Register `lychee train <kind>`."""
+
+    @train.command(kind, help=text)
+    def run(
+        config: Config,
+        out: Out,
+        books: Books = None,
+        start: Start = None,
+        resume: Resume = False,
+        device: Where = Device.auto,
+        shard: Shard = False,
+    ) -> None:
+        run_kind(
+            kind, config, out, books=books, start=start, resume=resume, device=device, shard=shard
+        )
+
+
+for kind, text in PLAIN_KINDS.items():
+    add_command(kind, text)
 
 
 @train.command()
@@ -104,21 +105,6 @@ def rl(
     if freeze_compressor:
         options["freeze_compressor"] = True
     run_kind("rl", config, out, **options)
-
-
-@train.command()
-def gate(
-    config: Config,
-    out: Out,
-    books: Books = None,
-    start: Start = None,
-    resume: Resume = False,
-    device: Where = Device.auto,
-    shard: Shard = False,
-) -> None:
-    """Train the gate that says which chunks a question needs."""
-    options = {"books": books, "start": start, "resume": resume, "device": device, "shard": shard}
-    run_kind("gate", config, out, **options)
 
 
 @train.command("reproduce")
