@@ -125,10 +125,7 @@ class RecallSampler:
             turns += [self.update_turn(needles, mixture) for _ in range(questions)]
         for _ in range(max(1, len(turns) // 8)):
             final.append(self.final_turn())
-        inputs, labels = pad_turns(turns)
-        final_inputs, final_labels = pad_turns(final)
-        cases = [turn.case for turn in turns]
-        return RecallBatch(torch.tensor(chunks), inputs, labels, cases, final_inputs, final_labels)
+        return make_batch(chunks, turns, final)
 
     def chunk(self, length: int, needles: list[Needle]) -> tuple[list[int], list[Needle]]:
         """Prose with `needles` at random sentence ends, `length` tokens; and those that fitted."""
@@ -189,6 +186,14 @@ class RecallSampler:
 
     def encode_value(self, value: str | None) -> list[int]:
         return self.prompts.no_memory if value is None else self.tokenizer.encode(" " + value)
+
+
+def make_batch(chunks: list[list[int]], turns: list[Turn], final: list[Turn]) -> RecallBatch:
+    """A batch of equally long chunks, as many turns about each, and final turns."""
+    inputs, labels = pad_turns(turns)
+    final_inputs, final_labels = pad_turns(final)
+    cases = [turn.case for turn in turns]
+    return RecallBatch(torch.tensor(chunks), inputs, labels, cases, final_inputs, final_labels)
 
 
 def pad_turns(turns: list[Turn]) -> tuple[Tensor, Tensor]:

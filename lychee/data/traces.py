@@ -9,10 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from lychee.data.needles import NeedleMaker
-from lychee.data.recall import Mixture, RecallBatch, RecallSampler, Turn, pad_turns
+from lychee.data.recall import Mixture, RecallBatch, RecallSampler, Turn, make_batch
 from lychee.data.worlds import Fact, World, WorldQuestion
 
 
@@ -74,10 +72,7 @@ class TraceSampler(RecallSampler):
             chunks.append(ids)
             turns += new
             final += last
-        inputs, labels = pad_turns(turns)
-        final_inputs, final_labels = pad_turns(final)
-        cases = [turn.case for turn in turns]
-        return RecallBatch(torch.tensor(chunks), inputs, labels, cases, final_inputs, final_labels)
+        return make_batch(chunks, turns, final)
 
     def needle_chunk(
         self, length: int, questions: int, facts: tuple[int, int], mixture: TraceMixture
