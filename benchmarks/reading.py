@@ -50,6 +50,7 @@ QWEN_7B = {
 CHUNK, WINDOW, RATIO = 4096, 2048, 4
 QUESTION, ANSWER = 30, 128
 SELECTED = 0.1  # share of the chunks that the gate lets through, at least one
+TOGETHER = 8  # chunks in a turn where chosen ones are read together
 MEMORY_TOKENS = (256, 512, 1024)
 LENGTHS = (
     tuple(1024 * k for k in (7, 14, 28, 56, 112, 224, 448, 896, 1750))
@@ -168,18 +169,27 @@ class ChosenGate(Gate):
 
 
 def run_ours(memory_tokens: int, text: str, questions: list[str]) -> Run:
+    """Turn by turn, as in the paper; the bank is kept in `results`."""
     run, model = Run(), make_model(memory_tokens)
-    gate = ChosenGate(model.decoder, chosen_chunks(len(model.tokenizer.encode(text))))
     with run.part("build"):
         bank = model.remember(text)
-    ask(run, model, bank, questions, gate)
+    run.results["bank"] = bank
+    ask(run, model, bank, questions)
     return run
 
 
-def ask(run: Run, model: LycheeMemory, bank, questions: list[str], gate: ChosenGate) -> None:
+def run_in_one_turn(memory_tokens: int, built: Run, questions: list[str]) -> Run:
+    """The bank of another run, its chosen chunks read up to TOGETHER in a turn."""
+    run = Run({"build": built.seconds["build"]}, {"build": built.cpu["build"]})
+    ask(run, make_model(memory_tokens), built.results["bank"], questions, TOGETHER)
+    return run
+
+
+def ask(run: Run, model: LycheeMemory, bank, questions: list[str], together: int = 1) -> None:
     """Notes by the product's own loop, then the answers."""
     ids = [model.encode_question(question) for question in questions]
-    loop, read = ReadingLoop(model.reasoner, bank, gate=gate), []
+    gate = ChosenGate(model.decoder, chosen_chunks(bank.tokens))
+    loop, read = ReadingLoop(model.reasoner, bank, gate=gate, together=together), []
     with run.part("read"):
         notes = loop.run(ids, lambda event: read.append(event.chunk) if event.read else None)
     with run.part("answer"):

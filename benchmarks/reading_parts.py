@@ -56,7 +56,7 @@ class Parts:
         first = [prompts.update.render(question, prompts.no_memory) for question in questions]
         raw = [MemAgent(model).prompt.render(question, notes, section) for question in questions]
         pages = bank.page_table([[0]] * batch)
-        together = bank.page_table([list(range(TOGETHER))] * batch)
+        together = bank.page_table([list(range(TOGETHER))] * batch, in_place=True)
         middle = memory_tokens // 2
         gate, pairs = ChosenGate(model.decoder, [0]), 4 * batch
 

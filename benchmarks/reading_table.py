@@ -20,7 +20,7 @@ def sections(infos: list[dict]) -> list[tuple[str, list[list[str]], list[str]]]:
 
 def time_rows(infos: list[dict]) -> list[list[str]]:
     headings = [
-        "tokens", "notes", "read", "batch", "build s", "ask s",
+        "tokens", "notes", "read", "turns", "batch", "build s", "ask s",
         *(f"{peer} s" for peer in PEERS),
         *(f"x {peer}" for peer in PEERS),
         *(f"at hand x {peer}" for peer in PEERS),
@@ -30,21 +30,27 @@ def time_rows(infos: list[dict]) -> list[list[str]]:
     for info in infos:
         if "ratio_at_hand" not in info:
             continue
-        seconds = info["seconds"]
-        rows.append(
-            [
-                f"{info['length']:,}",
-                str(info["memory_tokens"]),
-                f"{info['selected']} of {info['chunks']}",
-                str(info["batch"]),
-                decimal(seconds["ours"]["build"]),
-                decimal(sum(seconds["ours"].values()) - seconds["ours"]["build"]),
-                *(decimal(sum(seconds[peer].values())) for peer in PEERS),
-                *(f"{info['ratio'][peer]:.2f}" for peer in PEERS),
-                *(f"{info['ratio_at_hand'][peer]:.2f}" for peer in PEERS),
-                *(str(info["questions_until_paid"][peer] or "never") for peer in PEERS),
-            ]
-        )
+        seconds, together = info["seconds"], info["in_one_turn"]
+        turns = -(-info["selected"] // reading.TOGETHER)
+        ways = [(info["selected"], seconds["ours"], info)]
+        if turns < info["selected"]:
+            ways.append((turns, together["seconds"], together))
+        for turns, ours, ratios in ways:
+            rows.append(
+                [
+                    f"{info['length']:,}",
+                    str(info["memory_tokens"]),
+                    f"{info['selected']} of {info['chunks']}",
+                    str(turns),
+                    str(info["batch"]),
+                    decimal(ours["build"]),
+                    decimal(sum(ours.values()) - ours["build"]),
+                    *(decimal(sum(seconds[peer].values())) for peer in PEERS),
+                    *(f"{ratios['ratio'][peer]:.2f}" for peer in PEERS),
+                    *(f"{ratios['ratio_at_hand'][peer]:.2f}" for peer in PEERS),
+                    *(str(ratios["questions_until_paid"][peer] or "never") for peer in PEERS),
+                ]
+            )
     return rows
 
 

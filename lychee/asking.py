@@ -46,6 +46,7 @@ class Asking:
             gate=gate,
             threshold=options.threshold,
             passes=options.passes or model.memory.passes,
+            together=options.together or model.memory.together,
             sampling=sampling,
         )
         self.started, self.last_notes = time.perf_counter(), ([], "")
@@ -66,6 +67,7 @@ class Asking:
             read=event.read,
             round=event.round,
             new_tokens=event.new_tokens,
+            turn=event.turn,
             seconds=round(time.perf_counter() - self.started, 6),
         )
         self.traces[event.question].append(step)
@@ -127,14 +129,19 @@ class Asking:
     def sources(self, question: str, trace: list[Step], final: str) -> list[Source]:
         """Chunks that the gate chose, and those that told something that is still in the notes.
 
-        `changed` says which of the first belong to the second. Notes that change in form alone,
-        as when the question's own words enter them, make no source.
+        `changed` says which of the first belong to the second; it is not known which chunk of one
+        turn told it, so all do. Notes that change in form alone, as when the question's own words
+        enter them, make no source.
         """
         found: dict[int, Source] = {}
         before = start = self.text(self.model.reasoner.prompts.no_memory)
+        telling = set()
         for step in trace:
-            told = step.changed and tells(before, step.memory, f"{question} {start}", final)
+            if step.changed and tells(before, step.memory, f"{question} {start}", final):
+                telling.add(step.turn)
             before = step.memory
+        for step in trace:
+            told = step.turn in telling
             if not told and (not step.read or step.score is None):
                 continue
             earlier = found.get(step.chunk)

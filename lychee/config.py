@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -185,7 +185,7 @@ class MemoryConfig:
 
     Names without prefix; in config.json each stands as `lychee_memory_<name>`, as the released
     checkpoints have it (window, ratio, param, embed_init), next to this project's own (chunk,
-    size, answer, question, passes, templates, cut).
+    size, answer, question, passes, together, templates, cut).
     """
 
     window: int = 1024
@@ -197,6 +197,7 @@ class MemoryConfig:
     answer: int = 128
     question: int = 1024
     passes: int = 1
+    together: int = 1
     cut: str = "tokens"
     templates: dict[str, str] = field(default_factory=dict)
 
@@ -223,7 +224,7 @@ class MemoryConfig:
             raise MemoryConfigError(
                 f"lychee_memory_cut: expected tokens or sentence, got {self.cut!r}"
             )
-        for name in ("size", "answer", "question", "passes"):
+        for name in ("size", "answer", "question", "passes", "together"):
             if getattr(self, name) < 1:
                 raise MemoryConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
 
@@ -251,9 +252,8 @@ class MemoryConfig:
                 f"config: lychee_memory_stride: expected the window {window}, got {stride}"
             )
         values: dict[str, Any] = {"window": window, "chunk": window}
-        named = ("chunk", "embed_init", "size", "answer", "question", "passes", "cut", "templates")
-        for name in named:
-            if f"lychee_memory_{name}" in raw:
+        for name in (item.name for item in fields(cls)):
+            if name not in ("window", "ratio", "param") and f"lychee_memory_{name}" in raw:
                 values[name] = raw[f"lychee_memory_{name}"]
         ratio = raw.get("lychee_memory_ratio", 4)
         if isinstance(ratio, list):

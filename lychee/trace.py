@@ -17,6 +17,8 @@ class Step:
         read: False where the gate passed the chunk over.
         round: pass over the bank, from 0.
         new_tokens: decoded for it; notes that were found to stay as they are cost none.
+        turn: number of the question's reading turn that read it; of the chunks read in one turn,
+            the last one has the notes after it.
         seconds: from the start of reading until the chunk was settled.
     """
 
@@ -30,6 +32,7 @@ class Step:
     read: bool = True
     round: int = 0
     new_tokens: int = 0
+    turn: int | None = None
     seconds: float = field(default=0.0, compare=False)
 
 

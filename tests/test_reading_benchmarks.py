@@ -44,7 +44,8 @@ def test_time_to_answer_rows(tiny):
     }
     assert list(runs["ours"].seconds) == ["build", "read", "answer"]
     assert runs["ours"].results["scored"] >= 3 * 8
-    info = test_time_to_answer.summarise(LENGTH, NOTES, runs)
+    together = reading.run_in_one_turn(NOTES, runs["ours"], questions)
+    info = test_time_to_answer.summarise(LENGTH, NOTES, runs, together)
     assert (info["selected"], info["chunks"]) == (1, 8)
     assert set(info["ratio"]) == {"memagent", "full_context"}
     (title, rows, _), *rest = reading_table.sections([info, {"unrelated": 1}])

@@ -146,17 +146,20 @@ class MemoryBank:
         identity = model.identity if same else self.identity
         check_match(self.path or "bank", self.memory, identity, model)
 
-    def page_table(self, rows: Sequence[Sequence[int]]) -> PageTable:
+    def page_table(self, rows: Sequence[Sequence[int]], *, in_place: bool = False) -> PageTable:
         """The table of a batch whose row b reads the chunks rows[b], in that order.
 
-        It holds its pages for as long as it lives, whatever is asked for later; only removing or
-        replacing documents of a bank in memory gives their pages to others.
+        Their memory tokens have consecutive positions, or with `in_place` each chunk's those that
+        it has where it is read alone. The table holds its pages for as long as it lives, whatever
+        is asked for later; only removing or replacing documents of a bank in memory gives their
+        pages to others.
         """
         lists = []
         for chunks in rows:
             pages = []
             base = 0
             for chunk in (self.chunks[index] for index in chunks):
+                base *= not in_place
                 for place, page in enumerate(chunk.pages):
                     used = min(PAGE_TOKENS, chunk.memory_tokens - place * PAGE_TOKENS)
                     pages.append((page, used, base))

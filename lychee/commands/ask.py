@@ -67,6 +67,10 @@ def ask(
             min=1, help="Times to go over the text, while notes change; else the model's."
         ),
     ] = None,
+    together: Annotated[
+        int | None,
+        typer.Option(min=1, help="Chunks that one reading turn takes at most; else the model's."),
+    ] = None,
     trace: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write what 'lychee trace' shows.")
     ] = None,
@@ -89,7 +93,7 @@ def ask(
     from lychee.trace_file import check_writable, trace_of, write_text
 
     sampling = Sampling(temperature, top_k, top_p, seed)
-    reading = ReadingOptions(not no_gate, gate_threshold, passes)
+    reading = ReadingOptions(not no_gate, gate_threshold, passes, together)
     if trace is not None:
         check_writable(trace)
     memory_model, bank, seconds = prepare(

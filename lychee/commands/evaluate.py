@@ -78,6 +78,9 @@ def evaluate(
         bool, typer.Option("--no-gate", help="Read every chunk; beside thresholds, as well.")
     ] = False,
     passes: Annotated[int | None, typer.Option(min=1, help="Times to go over a bank.")] = None,
+    together: Annotated[
+        int | None, typer.Option(min=1, help="Chunks that one reading turn takes at most.")
+    ] = None,
     metric: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Else the task's; repeatable.")
     ] = None,
@@ -112,7 +115,7 @@ def evaluate(
     load = lru_cache(maxsize=1)(lambda at: load_model(model, at))
     gates = [str(threshold) for threshold in gate_threshold or ()] + ["off"] * no_gate
     runs = harness.settings_of(
-        methods, ratio or [None], bank_dtype or ["auto"], gates or ["auto"], passes
+        methods, ratio or [None], bank_dtype or ["auto"], gates or ["auto"], passes, together
     )
     tokenizer = load(runs[0].ratio).tokenizer
     cells = tasks.task_cells(names, length, request, tokenizer)
@@ -125,6 +128,7 @@ def evaluate(
         "difficulty": difficulty,
         "metrics": metric,
         "passes": passes,
+        "together": together,
     }
     records = RecordFile(out, shared)
     table = Table(

@@ -33,7 +33,7 @@ class Setting:
 
     Attributes:
         ratio: None is the model's own.
-        bank_dtype, gate, passes: see `Ours`.
+        bank_dtype, gate, passes, together: see `Ours`.
     """
 
     method: str = OURS
@@ -41,12 +41,18 @@ class Setting:
     bank_dtype: str = "auto"
     gate: str = "auto"
     passes: int | None = None
+    together: int | None = None
 
     def options(self) -> dict[str, Any]:
         """Of the method's class."""
         if self.method != OURS:
             return {}
-        return {"bank_dtype": self.bank_dtype, "gate": self.gate, "passes": self.passes}
+        return {
+            "bank_dtype": self.bank_dtype,
+            "gate": self.gate,
+            "passes": self.passes,
+            "together": self.together,
+        }
 
 
 def settings_of(
@@ -55,13 +61,14 @@ def settings_of(
     bank_dtypes: Sequence[str] = ("auto",),
     gates: Sequence[str] = ("auto",),
     passes: int | None = None,
+    together: int | None = None,
 ) -> list[Setting]:
     """Ours at every ratio, dtype of the bank and gate, each other method once."""
     found = []
     for method in methods:
         if method == OURS:
             found += [
-                Setting(OURS, ratio, dtype, gate, passes)
+                Setting(OURS, ratio, dtype, gate, passes, together)
                 for ratio, dtype, gate in product(ratios, bank_dtypes, gates)
             ]
         else:

@@ -46,11 +46,13 @@ class Ours:
         bank_dtype: str = "auto",
         gate: str = "auto",
         passes: int | None = None,
+        together: int | None = None,
     ):
-        """`gate`: auto is the model's own, off reads every chunk, a number is the threshold."""
+        """`gate`: auto is the model's own, off reads every chunk, a number is the threshold;
+        see `ReadingOptions` for the others."""
         self.model, self.bank_dtype = model, bank_dtype
         threshold = None if gate in ("auto", "off") else float(gate)
-        self.reading = ReadingOptions(gate != "off", threshold, passes)
+        self.reading = ReadingOptions(gate != "off", threshold, passes, together)
         self.build_seconds = 0.0
 
     def answer(self, context: str, questions: Sequence[str]) -> list[Answer]:

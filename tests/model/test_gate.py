@@ -41,24 +41,36 @@ def score_alone(model, gate, bank, question, notes, chunk):
     return 1 / (1 + torch.tensor(-logit).exp().item())
 
 
-def one_by_one(model, gate, bank, question, threshold, passes):
-    """The loop as the paper states it: ask the gate about a chunk, read it or not, go on."""
+def one_by_one(model, gate, bank, question, threshold, passes, together=1):
+    """The loop as the paper states it: ask the gate about a chunk, read it or not, go on.
+
+    A turn reads the next `together` chunks that the gate wants under the notes as they stand, or
+    all of them if there are fewer; the gate then goes on behind the last one read.
+    """
     notes = list(model.reasoner.prompts.no_memory)
     seen = []
     for number in range(passes):
-        before = notes
-        changed = False
-        for chunk in range(len(bank)):
-            score = None
-            if number or chunk >= gate.config.opening:
-                score = score_alone(model, gate, bank, question, notes, chunk)
-            if score is None or score >= threshold:
-                before = notes
-                [notes] = model.reasoner.update([question], [notes], bank.page_table([[chunk]]))
-                changed |= notes != before
-                seen.append((number, chunk, True, notes, score))
-            else:
-                seen.append((number, chunk, False, notes, score))
+        changed, chunk = False, 0
+        while chunk < len(bank):
+            asked, wanted = [], []
+            while chunk < len(bank) and len(wanted) < together:
+                score = None
+                if number or chunk >= gate.config.opening:
+                    score = score_alone(model, gate, bank, question, notes, chunk)
+                if score is None or score >= threshold:
+                    wanted.append(chunk)
+                asked.append((number, chunk, chunk in wanted, notes, score))
+                chunk += 1
+            if wanted:
+                pages = bank.page_table([wanted], in_place=True)
+                [new] = model.reasoner.update([question], [notes], pages)
+                changed |= new != notes
+                notes = new
+                # What was asked behind them is asked again under the new notes.
+                chunk = wanted[-1] + 1
+                asked = [step for step in asked if step[1] < chunk]
+                asked[-1] = (*asked[-1][:3], notes, asked[-1][4])
+            seen += asked
         if not changed:
             break
     return seen
@@ -78,7 +90,7 @@ def bank(tiny_model, prose):
     return tiny_model.remember(prose(500, seed=2))
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(12))
 def test_gating_ahead_equals_gating_one_by_one(tiny_model, bank, prose, seed, monkeypatch):
     draw = random.Random(seed)
     monkeypatch.setattr(reading, "FIRST_WINDOW", draw.choice([1, 4, 64]))
@@ -90,6 +102,7 @@ def test_gating_ahead_equals_gating_one_by_one(tiny_model, bank, prose, seed, mo
         opening=draw.choice([0, 1, 3]),
     )
     passes = draw.choice([1, 2, 3])
+    together = draw.choice([1, 2, 3, 7])
     questions = [
         tiny_model.tokenizer.encode(prose(draw.randint(2, 8), seed=10 * seed + index))
         for index in range(draw.choice([1, 2, 5]))
@@ -103,9 +116,9 @@ def test_gating_ahead_equals_gating_one_by_one(tiny_model, bank, prose, seed, mo
     place = draw.randrange(1, len(scores))
     assert scores[place] - scores[place - 1] > 1e-6
     threshold = (scores[place - 1] + scores[place]) / 2
-    notes, events, _ = read(tiny_model, gate, bank, questions, threshold, passes)
+    notes, events, _ = read(tiny_model, gate, bank, questions, threshold, passes, together=together)
     for index, question in enumerate(questions):
-        expected = one_by_one(tiny_model, gate, bank, question, threshold, passes)
+        expected = one_by_one(tiny_model, gate, bank, question, threshold, passes, together)
         mine = [event for event in events if event.question == index]
         assert notes[index] == expected[-1][3]
         # A last round stops where it would repeat itself: from there on nothing changes.
