@@ -50,7 +50,7 @@ QWEN_7B = {
 CHUNK, WINDOW, RATIO = 4096, 2048, 4
 QUESTION, ANSWER = 30, 128
 SELECTED = 0.1  # share of the chunks that the gate lets through, at least one
-TOGETHER = 8  # chunks in a turn where chosen ones are read together
+MOST_TOGETHER = 8  # chunks in a turn where chosen ones are read together
 MEMORY_TOKENS = (256, 512, 1024)
 LENGTHS = (
     tuple(1024 * k for k in (7, 14, 28, 56, 112, 224, 448, 896, 1750))
@@ -179,9 +179,9 @@ def run_ours(memory_tokens: int, text: str, questions: list[str]) -> Run:
 
 
 def run_in_one_turn(memory_tokens: int, built: Run, questions: list[str]) -> Run:
-    """The bank of another run, its chosen chunks read up to TOGETHER in a turn."""
+    """The bank of another run, its chosen chunks read up to MOST_TOGETHER in a turn."""
     run = Run({"build": built.seconds["build"]}, {"build": built.cpu["build"]})
-    ask(run, make_model(memory_tokens), built.results["bank"], questions, TOGETHER)
+    ask(run, make_model(memory_tokens), built.results["bank"], questions, MOST_TOGETHER)
     return run
 
 

@@ -31,7 +31,7 @@ def time_rows(infos: list[dict]) -> list[list[str]]:
         if "ratio_at_hand" not in info:
             continue
         seconds, together = info["seconds"], info["in_one_turn"]
-        turns = -(-info["selected"] // reading.TOGETHER)
+        turns = -(-info["selected"] // reading.MOST_TOGETHER)
         ways = [(info["selected"], seconds["ours"], info)]
         if turns < info["selected"]:
             ways.append((turns, together["seconds"], together))

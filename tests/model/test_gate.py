@@ -214,6 +214,8 @@ def test_mistakes_are_named(tiny_model):
             GateConfig(**{"layers": 2} | fields)
     with pytest.raises(InputError, match="passes: expected at least 1, got 0"):
         ReadingOptions(passes=0)
+    with pytest.raises(InputError, match="together: expected at least 1, got 0"):
+        ReadingOptions(together=0)
     with pytest.raises(InputError, match="threshold: expected 0 to 1, got nan"):
         ReadingOptions(threshold=float("nan"))
     with pytest.raises(InputError, match="threshold: expected none without the gate, got 0.5"):
