@@ -130,11 +130,7 @@ class Recipe:
     @classmethod
     def load(cls, path: Path) -> Self:
         """Read a file; InputError names an unknown, missing, mistyped or contradictory field."""
-        try:
-            raw = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path}: expected a training recipe, got: {error}") from error
-        return read_fields(cls, raw, f"{path}: ")
+        return load_file(cls, path, "a training recipe")
 
     @property
     def total_steps(self) -> int:
@@ -164,6 +160,15 @@ class Recipe:
                 started.append(stage)
             first += stage["steps"]
         return {n: v for n, v in values.items() if n not in self.free} | {"stage": started}
+
+
+def load_file(cls: type, path: Path, what: str) -> Any:
+    """An instance of a dataclass from a TOML file, which errors call `what`."""
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: expected {what}, got: {error}") from error
+    return read_fields(cls, raw, f"{path}: ")
 
 
 def read_fields(cls: type, raw: dict[str, Any], where: str) -> Any:

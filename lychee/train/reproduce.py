@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
 from lychee.errors import InputError
 from lychee.train.checkpoint import load_state
-from lychee.train.recipe import read_fields
+from lychee.train.recipe import load_file
 from lychee.train.run import TrainingRun
 
 SHIPPED_RECIPE = Path(__file__).parent.parent / "assets" / "recipe.toml"
@@ -49,11 +48,7 @@ class Plan:
 
     @classmethod
     def load(cls, path: Path) -> Plan:
-        try:
-            raw = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path}: expected a plan of training, got: {error}") from error
-        return read_fields(cls, raw, f"{path}: ")
+        return load_file(cls, path, "a plan of training")
 
 
 def training_class(kind: str) -> type[TrainingRun]:

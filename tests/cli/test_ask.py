@@ -143,7 +143,8 @@ def test_gate_options_reach_the_loop(run, text_file, model_folder, tmp_path):
     assert [step["score"] for step in answer["trace"][:chunks]] == [None] + [0.5] * (chunks - 1)
     assert {step["round"] for step in answer["trace"]} == {0, 1}
     assert answer["usage"]["chunks_read"] == 1 and answer["usage"]["threshold"] == 1
-    every = json.loads(run(*arguments, "--no-gate").stdout)
+    every = json.loads(run(*arguments, "--no-gate", "--together", 2).stdout)
     assert every["usage"]["chunks_read"] == chunks and every["usage"]["threshold"] is None
+    assert [step["turn"] for step in every["trace"]] == [chunk // 2 for chunk in range(chunks)]
     refused = run("ask", text_file, "-q", QUESTION, "--model", model_folder, "--gate-threshold", 1)
     assert refused.returncode == 2 and "threshold: expected a model with a gate" in refused.stderr
