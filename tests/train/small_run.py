@@ -9,15 +9,7 @@ import torch
 from lychee.tokenizer import TextTokenizer
 from lychee.train.pretrain import Pretraining, PretrainRecipe
 
-RECIPE = """
-seed = 0
-threads = 1
-warmup_steps = 2
-weight_decay = 0.01
-save_every = 2
-log_every = 2
-books = ["book.txt"]
-
+MODEL = """
 [model]
 model_type = "qwen2"
 vocab_size = 700
@@ -39,7 +31,17 @@ param = ["q", "k", "v"]
 update = "<|memory|>{memory}<|question|>{question}<|update|>"
 answer = "<|memory|>{memory}<|question|>{question}<|answer|>"
 no_memory = " none"
+"""
 
+RECIPE = f"""
+seed = 0
+threads = 1
+warmup_steps = 2
+weight_decay = 0.01
+save_every = 2
+log_every = 2
+books = ["book.txt"]
+{MODEL}
 [[stage]]
 steps = 2
 chunk = 32

@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from small_run import MODEL
 
 from lychee import LycheeMemory
 from lychee.errors import InputError, MemoryConfigError
@@ -13,7 +14,7 @@ from lychee.prompts import PromptTemplate
 from lychee.tokenizer import TextTokenizer
 from lychee.train.gate import GateRecipe, GateTraining, calibrate, score_turns
 
-RECIPE = """
+RECIPE = f"""
 seed = 0
 save_every = 2
 log_every = 2
@@ -23,27 +24,7 @@ validation = 40
 least_recall = 0.9
 export = "float32"
 
-[model]
-model_type = "qwen2"
-vocab_size = 700
-hidden_size = 32
-intermediate_size = 64
-num_hidden_layers = 3
-num_attention_heads = 4
-num_key_value_heads = 4
-tie_word_embeddings = true
-eos_token_id = 0
-
-[memory]
-window = 64
-chunk = 64
-ratio = 4
-param = ["q", "k", "v"]
-
-[memory.templates]
-update = "<|memory|>{memory}<|question|>{question}<|update|>"
-answer = "<|memory|>{memory}<|question|>{question}<|answer|>"
-no_memory = " none"
+{MODEL}
 
 [gate]
 layers = 3
