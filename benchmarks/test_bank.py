@@ -2,10 +2,12 @@
 """Banks on disk: what writing adds to a build, opening a large bank, and asking it from there."""
 
 import gzip
+import mmap
 import os
 import resource
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -114,43 +116,63 @@ def evict(path):
         os.close(descriptor)
 
 
+def touch(bank):
+    """Read every page of a bank on disk, and nothing more."""
+    for segment in bank.pages.segments:
+        for part in (segment.kv, segment.scale):
+            part.flatten()[:: mmap.PAGESIZE].sum()
+
+
 @pytest.mark.parametrize("threads", [machine.THREADS[-1]], indirect=True)
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="needs posix_fadvise")
 def test_a_large_bank_opens_at_once_and_is_asked_from_disk(benchmark, model, large_bank, threads):
-    """The question reads every chunk: all pages come from the disk, cold at first."""
-    opened = []
+    """The gate scores every chunk: all pages come from the disk, cold at first.
 
-    def open_cold():
-        evict(large_bank)
-        opened.append(measured(MemoryBank.open, large_bank, model=model))
-
-    benchmark.pedantic(open_cold, rounds=5)
-    stored = opened[-1][2]
-    open_seconds = min(run[0] for run in opened)
-    in_memory = MemoryBank.open(large_bank, model=model, tier="cpu")
+    The best of several turns, which neighbours disturb least.
+    """
+    runs = {name: [] for name in ("memory", "touch", "open", "cold", "warm")}
     model.ask(model.remember("A short text to begin with."), QUESTION)
-    kept = measured(model.ask, in_memory, QUESTION)
-    del in_memory
-    evict(large_bank)
-    before = stored.bytes_read
-    cold = measured(model.ask, stored, QUESTION)
-    asked_bytes = stored.bytes_read - before
-    warm = measured(model.ask, stored, QUESTION)
-    assert (cold[2].text, cold[2].trace) == (kept[2].text, kept[2].trace)
-    runs = {"memory": kept, "cold": cold, "warm": warm}
-    # Waiting for the disk costs no processor time: these are the costs beyond the pages read.
-    ratios = {name: run[1] / kept[1] for name, run in runs.items()}
+
+    def turn():
+        kept = MemoryBank.open(large_bank, model=model, tier="cpu")
+        runs["memory"].append(measured(model.ask, kept, QUESTION))
+        del kept  # what is mapped cannot be evicted
+        evict(large_bank)
+        runs["touch"].append(measured(touch, MemoryBank.open(large_bank)))
+        evict(large_bank)
+        *opened, stored = measured(MemoryBank.open, large_bank, model=model)
+        runs["open"].append(opened)
+        for name in ("cold", "warm"):
+            before = stored.bytes_read
+            runs[name].append(measured(model.ask, stored, QUESTION))
+            benchmark.extra_info["bytes_read"] = stored.bytes_read - before
+
+    benchmark.pedantic(turn, rounds=ROUNDS)
+    size = MemoryBank.open(large_bank).nbytes
+    kept, warm = (runs[name][-1][2] for name in ("memory", "warm"))
+    assert warm.text == kept.text
+    steps, wanted = ([replace(step, score=None) for step in a.trace] for a in (warm, kept))
+    assert steps == wanted
+    # scored in other batches, which round differently
+    scores, wanted = ([step.score or 0.0 for step in a.trace] for a in (warm, kept))
+    assert scores == pytest.approx(wanted, rel=1e-3)
+    seconds, used = ({k: min(r[i] for r in rs) for k, rs in runs.items()} for i in (0, 1))
+    # The disk's work is charged to whoever runs meanwhile, so where it works the clock decides.
+    ratios = {
+        "cold": (seconds["open"] + seconds["cold"] - seconds["touch"]) / seconds["memory"],
+        "warm": used["warm"] / used["memory"],
+    }
     benchmark.extra_info |= {
         "threads": threads,
-        "bank_bytes": stored.nbytes,
-        "bytes_read": asked_bytes,
-        "open_seconds": open_seconds,
-        "ask_seconds": {name: run[0] for name, run in runs.items()},
-        "ask_processor_seconds": {name: run[1] for name, run in runs.items()},
-        "note": f"a bank of {stored.nbytes / 1e9:.2f} GB opens in {open_seconds:.3f} s; a question "
-        f"that reads {asked_bytes / 1e9:.2f} GB takes {kept[0]:.1f} s from memory, {cold[0]:.1f} s "
-        f"from a cold disk and {warm[0]:.1f} s from cached files, {ratios['cold']:.2f} and "
-        f"{ratios['warm']:.2f} times the processor time",
+        "bank_bytes": size,
+        "seconds": seconds,
+        "processor_seconds": used,
+        "ratio": ratios,
+        "note": f"a bank of {size / 1e9:.2f} GB opens in {seconds['open']:.3f} s; a question that "
+        f"reads {benchmark.extra_info['bytes_read'] / 1e9:.2f} GB takes {seconds['memory']:.2f} s "
+        f"from memory, {seconds['warm']:.2f} s from cached files, {ratios['warm']:.2f} times the "
+        f"processor time, and {seconds['cold']:.2f} s from a cold disk, which alone takes "
+        f"{seconds['touch']:.2f} s for its bytes: {ratios['cold']:.2f} times beyond that",
     }
-    assert open_seconds < 0.2
+    assert seconds["open"] < 0.2
     assert max(ratios.values()) < 1.2

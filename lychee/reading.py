@@ -146,15 +146,14 @@ class ReadingLoop:
         for place, reading in enumerate(readings):
             stop = min(reading.horizon + min(reading.window, share), len(self.bank))
             rows += [(place, chunk) for chunk in range(reading.horizon, stop)]
+        scores: dict[int, float] = {}
         with torch.inference_mode():
-            logits = self.gate.score(
-                prompts,
-                torch.tensor([place for place, _ in rows], device=self.reasoner.decoder.device),
-                self.bank.page_table([[chunk] for _, chunk in rows]),
-            )
-            scores = logits.sigmoid().tolist()
+            for group, pages in self.bank.chunk_tables([chunk for _, chunk in rows]):
+                of = torch.tensor([rows[row][0] for row in group], device=pages.kv.device)
+                found = self.gate.score(prompts, of, pages).sigmoid().tolist()
+                scores.update(zip(group, found, strict=True))
         for place, reading in enumerate(readings):
-            given = [score for (row, _), score in zip(rows, scores, strict=True) if row == place]
+            given = [scores[row] for row, (prompt, _) in enumerate(rows) if prompt == place]
             reading.want(given, self.threshold)
             self.chunks_gated[reading.index] += len(given)
         self.gate_seconds += perf_counter() - started

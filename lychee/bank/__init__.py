@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Memory banks: compressed memory of documents, in memory and on disk.
 
-pages, pieces and memory_bank hold a bank in memory; manifest, segments and folder are the format
-on disk and its atomic changes; build, save, compaction, stored_bank and verify work on it.
+pages, tables, pieces and memory_bank hold a bank in memory; manifest, segments and folder are the
+format on disk and its atomic changes; build, save, compaction, stored_bank and verify work on it.
 """
 
 from lychee.bank.build import BankBuilder

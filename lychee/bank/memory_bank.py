@@ -3,16 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
-
-import torch
 
 from lychee.bank.build_progress import BuildProgress, BuildReport, Clock
 from lychee.bank.identity import ModelIdentity, check_match
 from lychee.bank.pages import (
-    PAGE_TOKENS,
     PageLayout,
     PagePool,
     PageStore,
@@ -29,6 +26,7 @@ from lychee.bank.pieces import (
     pages_of_chunk,
 )
 from lychee.bank.save import save_bank
+from lychee.bank.tables import group_rows, make_table
 from lychee.config import MemoryConfig
 from lychee.errors import InputError
 
@@ -154,29 +152,21 @@ class MemoryBank:
         is asked for later; only removing or replacing documents of a bank in memory gives their
         pages to others.
         """
-        lists = []
-        for chunks in rows:
-            pages = []
-            base = 0
-            for chunk in (self.chunks[index] for index in chunks):
-                base *= not in_place
-                for place, page in enumerate(chunk.pages):
-                    used = min(PAGE_TOKENS, chunk.memory_tokens - place * PAGE_TOKENS)
-                    pages.append((page, used, base))
-                    base += used
-            lists.append(pages)
-        needed = sorted({page for pages in lists for page, *_ in pages})
-        kv, scale, places = self.pages.bring(needed)
-        place_of = dict(zip(needed, places, strict=True))
-        width = max(1, max(map(len, lists)))
-        padded = [
-            [(place_of[page], used, base) for page, used, base in pages]
-            + [(-1, 0, 0)] * (width - len(pages))
-            for pages in lists
-        ]
-        table = torch.tensor(padded, dtype=torch.int32, device=kv.device)
-        count = torch.tensor([len(p) for p in lists], dtype=torch.int32, device=kv.device)
-        return PageTable(kv, scale, *(t.contiguous() for t in table.unbind(2)), count)
+        chunks = [[self.chunks[index] for index in row] for row in rows]
+        return make_table(self.pages, chunks, in_place)
+
+    def chunk_tables(self, chunks: Sequence[int]) -> Iterator[tuple[list[int], PageTable]]:
+        """Tables that together hold one row per chunk, each with the places of its rows.
+
+        They are split so that pages on disk are read where they lie, not copied, where possible;
+        those of the next table are on their way while one is in use.
+        """
+        groups = group_rows(self.pages, [self.chunks[index] for index in chunks])
+        for places, following in zip(groups, [*groups[1:], []], strict=True):
+            table = self.page_table([[chunks[place]] for place in places])
+            next_chunks = (self.chunks[chunks[place]] for place in following)
+            self.pages.announce([page for chunk in next_chunks for page in chunk.pages])
+            yield places, table
 
     def add(self, documents: Iterable[Document], progress: OnProgress | None = None) -> BuildReport:
         """Remember more documents; one whose name is there is replaced, or skipped if it is equal.

@@ -136,6 +136,12 @@ class PageStore(Protocol):
     reader: torch.device
     bytes_read: int
 
+    def home(self, page: int) -> int:
+        """A number that pages share which `bring` returns together without copying them."""
+
+    def announce(self, pages: Sequence[int]) -> None:
+        """Begin to read pages that `bring` will be asked for next."""
+
     def bring(self, pages: Sequence[int]) -> tuple[Tensor, Tensor | None, Sequence[int]]:
         """kv and scale on the reader's device that hold `pages`, and the place of each in them."""
 
@@ -208,6 +214,12 @@ class PagePool:
         index = torch.tensor(list(pages), device=self.device)
         for target, new in zip(self.bytes(), source.bytes(), strict=True):
             target[index] = new.to(self.device)
+
+    def home(self, page: int) -> int:
+        return 0
+
+    def announce(self, pages: Sequence[int]) -> None:
+        """Nothing needs to be read."""
 
     def bring(self, pages: Sequence[int]) -> tuple[Tensor, Tensor | None, Sequence[int]]:
         if self.device == self.reader:

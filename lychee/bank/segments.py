@@ -9,6 +9,7 @@ import json
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -80,6 +81,7 @@ def write_segment(
 class Segment:
     """A segment file, mapped; its pages and texts are read when they are first touched."""
 
+    path: Path
     record: SegmentRecord
     kv: Tensor  # [pages, kv_bytes] uint8
     scale: Tensor  # [pages, scale_bytes] uint8
@@ -110,7 +112,15 @@ class Segment:
             [record.pages * layout.kv_bytes, record.pages * layout.scale_bytes, record.text_bytes]
         )
         scale = scale.view(record.pages, layout.scale_bytes)
-        return cls(record, kv.view(record.pages, layout.kv_bytes), scale, text)
+        return cls(path, record, kv.view(record.pages, layout.kv_bytes), scale, text)
+
+    def announce(self, run: slice) -> None:
+        """Have the system begin to read a run of pages."""
+        start = self.record.size - self.record.text_bytes
+        for part in (self.scale, self.kv):
+            start -= part.numel()
+            size = part.shape[1]
+            announce(self.path, start + run.start * size, (run.stop - run.start) * size)
 
     def read_text(self, place: TextPlace, document: str) -> str:
         """A document's text; BankError if its bytes are none."""
@@ -123,6 +133,21 @@ class Segment:
                 f"{error.object[error.start]:#04x} at {error.start}",
                 ADVICE,
             ) from error
+
+
+def announce(path: Path, start: int, size: int) -> None:
+    """Have the system begin to read a part of a file, so that nobody waits for it piece by piece.
+
+    A segment is named by its content: whatever is there under its name is what was mapped.
+    """
+    if not size or not hasattr(os, "posix_fadvise"):
+        return
+    with suppress(OSError):
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.posix_fadvise(file, start, size, os.POSIX_FADV_WILLNEED)
+        finally:
+            os.close(file)
 
 
 def hash_file(path: Path, on_bytes: Callable[[int], None]) -> str:
@@ -148,14 +173,19 @@ class SegmentPages:
             total += len(segment.kv)
         self.first_page = {s.record.sha256: p for s, p in zip(segments, self.starts, strict=True)}
 
-    def _runs(self, pages: Sequence[int]) -> Iterator[tuple[Segment, list[int]]]:
-        """Neighbouring pages of one segment each, as places in that segment."""
+    def home(self, page: int) -> int:
+        """The segment that a page is in."""
+        return bisect.bisect_right(self.starts, page) - 1
 
-        def holder(page: int) -> int:
-            return bisect.bisect_right(self.starts, page) - 1
+    def _runs(self, pages: Sequence[int]) -> Iterator[tuple[Segment, slice]]:
+        """Neighbouring pages of one segment each, in the order of `pages`."""
+        for (home, _), run in groupby(enumerate(pages), lambda e: (self.home(e[1]), e[1] - e[0])):
+            run = [page - self.starts[home] for _, page in run]
+            yield self.segments[home], slice(run[0], run[-1] + 1)
 
-        for index, run in groupby(pages, key=holder):
-            yield self.segments[index], [page - self.starts[index] for page in run]
+    def announce(self, pages: Sequence[int]) -> None:
+        for segment, run in self._runs(pages):
+            segment.announce(run)
 
     def bytes_of(self, pages: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
         sizes = (self.layout.kv_bytes, self.layout.scale_bytes)
@@ -163,20 +193,21 @@ class SegmentPages:
             torch.empty(len(pages), size, dtype=torch.uint8, device=device) for size in sizes
         )
         done = 0
-        for segment, places in self._runs(pages):
-            index = torch.tensor(places)
-            kv[done : done + len(places)] = segment.kv[index].to(device)
-            scale[done : done + len(places)] = segment.scale[index].to(device)
-            done += len(places)
+        for segment, run in self._runs(pages):
+            stop = done + run.stop - run.start
+            kv[done:stop] = segment.kv[run]
+            scale[done:stop] = segment.scale[run]
+            done = stop
         return kv, scale
 
     def bring(self, pages: Sequence[int]) -> tuple[Tensor, Tensor | None, Sequence[int]]:
         self.bytes_read += len(pages) * self.layout.page_bytes
-        if self.reader.type == "cpu":
-            runs = list(self._runs(pages))
-            if len(runs) == 1:
-                [(segment, places)] = runs
-                return *self.layout.view(segment.kv, segment.scale), places
+        self.announce(pages)
+        homes = {self.home(page) for page in pages}
+        if self.reader.type == "cpu" and len(homes) == 1:
+            [home] = homes
+            segment, start = self.segments[home], self.starts[home]
+            return *self.layout.view(segment.kv, segment.scale), [page - start for page in pages]
         return *self.layout.view(*self.bytes_of(pages, self.reader)), range(len(pages))
 
     def loaded(self, device: torch.device) -> PagePool:
