@@ -19,7 +19,7 @@ from torch import Tensor
 from lychee.bank.lock import WriterLock
 from lychee.bank.manifest import Manifest, SegmentRecord, parse_manifest
 from lychee.bank.pages import PageLayout
-from lychee.bank.segments import ALIGNMENT, Segment, announce, write_segment
+from lychee.bank.segments import Segment, announce, write_segment
 from lychee.errors import BankError
 
 MANIFEST, SEGMENTS, LOCK = "manifest.json", "segments", "lock"
@@ -62,7 +62,7 @@ def read_state(path: Path) -> tuple[Manifest, list[Segment]]:
     for _ in range(TRIES):
         manifest = read_manifest(path)
         for sha256 in manifest.segments:
-            announce(segment_path(path, sha256), 0, ALIGNMENT)
+            announce(segment_path(path, sha256))
         try:
             return manifest, [
                 Segment.map(segment_path(path, sha256), manifest.layout, record)

@@ -158,15 +158,10 @@ class MemoryBank:
     def chunk_tables(self, chunks: Sequence[int]) -> Iterator[tuple[list[int], PageTable]]:
         """Tables that together hold one row per chunk, each with the places of its rows.
 
-        They are split so that pages on disk are read where they lie, not copied, where possible;
-        those of the next table are on their way while one is in use.
+        They are split so that pages on disk are read where they lie, not copied, where possible.
         """
-        groups = group_rows(self.pages, [self.chunks[index] for index in chunks])
-        for places, following in zip(groups, [*groups[1:], []], strict=True):
-            table = self.page_table([[chunks[place]] for place in places])
-            next_chunks = (self.chunks[chunks[place]] for place in following)
-            self.pages.announce([page for chunk in next_chunks for page in chunk.pages])
-            yield places, table
+        for places in group_rows(self.pages, [self.chunks[index] for index in chunks]):
+            yield places, self.page_table([[chunks[place]] for place in places])
 
     def add(self, documents: Iterable[Document], progress: OnProgress | None = None) -> BuildReport:
         """Remember more documents; one whose name is there is replaced, or skipped if it is equal.

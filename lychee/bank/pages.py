@@ -139,9 +139,6 @@ class PageStore(Protocol):
     def home(self, page: int) -> int:
         """A number that pages share which `bring` returns together without copying them."""
 
-    def announce(self, pages: Sequence[int]) -> None:
-        """Begin to read pages that `bring` will be asked for next."""
-
     def bring(self, pages: Sequence[int]) -> tuple[Tensor, Tensor | None, Sequence[int]]:
         """kv and scale on the reader's device that hold `pages`, and the place of each in them."""
 
@@ -217,9 +214,6 @@ class PagePool:
 
     def home(self, page: int) -> int:
         return 0
-
-    def announce(self, pages: Sequence[int]) -> None:
-        """Nothing needs to be read."""
 
     def bring(self, pages: Sequence[int]) -> tuple[Tensor, Tensor | None, Sequence[int]]:
         if self.device == self.reader:

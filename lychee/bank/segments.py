@@ -81,7 +81,6 @@ def write_segment(
 class Segment:
     """A segment file, mapped; its pages and texts are read when they are first touched."""
 
-    path: Path
     record: SegmentRecord
     kv: Tensor  # [pages, kv_bytes] uint8
     scale: Tensor  # [pages, scale_bytes] uint8
@@ -112,15 +111,7 @@ class Segment:
             [record.pages * layout.kv_bytes, record.pages * layout.scale_bytes, record.text_bytes]
         )
         scale = scale.view(record.pages, layout.scale_bytes)
-        return cls(path, record, kv.view(record.pages, layout.kv_bytes), scale, text)
-
-    def announce(self, run: slice) -> None:
-        """Have the system begin to read a run of pages."""
-        start = self.record.size - self.record.text_bytes
-        for part in (self.scale, self.kv):
-            start -= part.numel()
-            size = part.shape[1]
-            announce(self.path, start + run.start * size, (run.stop - run.start) * size)
+        return cls(record, kv.view(record.pages, layout.kv_bytes), scale, text)
 
     def read_text(self, place: TextPlace, document: str) -> str:
         """A document's text; BankError if its bytes are none."""
@@ -135,19 +126,15 @@ class Segment:
             ) from error
 
 
-def announce(path: Path, start: int, size: int) -> None:
-    """Have the system begin to read a part of a file, so that nobody waits for it piece by piece.
-
-    A segment is named by its content: whatever is there under its name is what was mapped.
-    """
-    if not size or not hasattr(os, "posix_fadvise"):
-        return
-    with suppress(OSError):
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.posix_fadvise(file, start, size, os.POSIX_FADV_WILLNEED)
-        finally:
-            os.close(file)
+def announce(path: Path) -> None:
+    """Have the system begin to read a segment's header, so that many are read at once."""
+    if hasattr(os, "posix_fadvise"):
+        with suppress(OSError):
+            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.posix_fadvise(file, 0, ALIGNMENT, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(file)
 
 
 def hash_file(path: Path, on_bytes: Callable[[int], None]) -> str:
@@ -183,10 +170,6 @@ class SegmentPages:
             run = [page - self.starts[home] for _, page in run]
             yield self.segments[home], slice(run[0], run[-1] + 1)
 
-    def announce(self, pages: Sequence[int]) -> None:
-        for segment, run in self._runs(pages):
-            segment.announce(run)
-
     def bytes_of(self, pages: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
         sizes = (self.layout.kv_bytes, self.layout.scale_bytes)
         kv, scale = (
@@ -202,7 +185,6 @@ class SegmentPages:
 
     def bring(self, pages: Sequence[int]) -> tuple[Tensor, Tensor | None, Sequence[int]]:
         self.bytes_read += len(pages) * self.layout.page_bytes
-        self.announce(pages)
         homes = {self.home(page) for page in pages}
         if self.reader.type == "cpu" and len(homes) == 1:
             [home] = homes
