@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Damaged and hostile banks, and full disks: one clear error, nothing lost, nothing elsewhere."""
+"""Damaged and hostile banks: one clear error, nothing lost, nothing elsewhere."""
 
 import errno
 import json
 import os
-import resource
 import shutil
 
 import pytest
@@ -217,28 +216,6 @@ def test_text_that_is_no_utf8(bank_path):
     with pytest.raises(BankError, match="document 0: expected UTF-8 text .* got byte 0xff at 0"):
         _ = MemoryBank.open(bank_path).documents[0].text
     assert any("document 0" in problem for problem in verify_bank(bank_path))
-
-
-@pytest.mark.parametrize("share", [0.02, 0.5, 0.98])
-def test_full_disk_while_adding(tiny_model, bank_path, prose, share):
-    """A limit on the size of files stands in for a full disk: writes stop part of the way."""
-    before = MemoryBank.open(bank_path)
-    extra = documents_of(prose, 7, 8)
-    whole = shutil.copytree(bank_path, bank_path.parent / "whole")
-    build_bank(tiny_model, whole, extra, resume=True)
-    largest = max(s.size for s in MemoryBank.open(whole).manifest.segments.values())
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (int(share * largest), limits[1]))
-        with pytest.raises(BankError, match="what was committed before is whole; make room"):
-            build_bank(tiny_model, bank_path, extra, resume=True)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert verify_bank(bank_path) == [] and litter(bank_path) == set()
-    assert MemoryBank.open(bank_path).manifest == before.manifest
-    report = build_bank(tiny_model, bank_path, extra, resume=True)
-    assert report.added == tuple(document.name for document in extra)
-    assert verify_bank(bank_path) == []
 
 
 def test_bad_documents_stop_a_build_before_it_starts(tiny_model, tmp_path, prose):
