@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Banks on disk: what writing adds to a build, opening a large bank, and asking it from there."""
+"""Banks: what writing adds to a build, opening and asking a large one, and asking again."""
 
 import gzip
 import os
@@ -16,12 +16,15 @@ import pytest
 import lychee
 from lychee import LycheeMemory
 from lychee.bank import BankBuilder, Document, MemoryBank
+from lychee.baselines.memagent import MemAgent
+from lychee.demo import hide_facts, make_facts, says
 
 BOOK = Path(lychee.__file__).parent / "assets" / "pride-and-prejudice.txt.gz"
 BUILT_CHARACTERS = 100_000
 LARGE_BYTES = 1 << 30
 READ_BYTES = 8 << 20
 ROUNDS = 7
+ASKED = 8
 QUESTION = "What is the name of the house?"
 
 
@@ -177,3 +180,49 @@ def test_a_large_bank_opens_at_once_and_is_asked_from_disk(benchmark, model, lar
     }
     assert seconds["open"] < 0.2
     assert max(ratios.values()) < 1.2
+
+
+@pytest.mark.parametrize("length", [32 * 1024, 128 * 1024])
+@pytest.mark.parametrize("threads", [machine.THREADS[-1]], indirect=True)
+def test_asking_again_against_reading_again(benchmark, request, model, book, length, threads):
+    """Questions on a bank that is there, and MemAgent's, which read the text for each question.
+
+    The shipped model throughout, ours with its gate. Its 4,096 positions cut MemAgent's sections
+    of 5,000 tokens to what fits. It was never taught to read them and notes nothing, so that
+    MemAgent's time is that of reading alone.
+    """
+    if length > 32 * 1024 and not request.config.getoption("--full"):
+        pytest.skip("only with --full")
+    facts = make_facts(model, "book", book, ASKED, seed=0)
+    text, hidden = hide_facts(model, book, facts, length, seed=0)
+    *build, bank = measured(model.remember, text, bank_dtype="float16")
+    method = MemAgent(model)
+    method.answer(text[: BUILT_CHARACTERS // 10], [QUESTION])
+    again = [measured(model.ask, bank, fact.question) for fact, _ in hidden]
+    *peer, [theirs] = benchmark.pedantic(
+        measured, args=(method.answer, text, [hidden[0][0].question])
+    )
+    answers = [run[2] for run in again]
+    right = sum(says(a.text, fact.value) for a, (fact, _) in zip(answers, hidden, strict=True))
+    # The first question is not one on a bank that was asked before.
+    ours = [median(run[i] for run in again[1:]) for i in (0, 1)]
+    ratios = {name: peer[i] / ours[i] for i, name in enumerate(("clock", "processor"))}
+    decoded = sum(len(model.tokenizer.encode(step.memory)) for step in theirs.trace)
+    benchmark.extra_info |= {
+        "threads": threads,
+        "tokens": bank.tokens,
+        "section": method.section,
+        "sections": len(theirs.trace),
+        "notes_tokens": {"ours": median(a.usage.new_tokens for a in answers), "memagent": decoded},
+        "chunks_read": median(a.usage.chunks_read for a in answers),
+        "right": right,
+        "seconds": {"build": build[0], "ask": ours[0], "memagent": peer[0]},
+        "processor_seconds": {"build": build[1], "ask": ours[1], "memagent": peer[1]},
+        "ratio": ratios,
+        "note": f"another question on a bank of {bank.tokens:,} tokens takes {ours[1]:.3f} s of a "
+        f"processor, with MemAgent, which reads {len(theirs.trace)} sections of {method.section} "
+        f"tokens, {peer[1]:.1f} s: {ratios['processor']:.0f} times; {right} of {ASKED} of our "
+        "answers are right",
+    }
+    if length == 128 * 1024:
+        assert ratios["processor"] > 20
