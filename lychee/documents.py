@@ -54,6 +54,13 @@ def read_path(path: str | Path | Document) -> list[Document]:
     return [document for file in find_files(Path(path)) for document in read_texts(file)]
 
 
+def is_missing(path: Path) -> bool:
+    """Whether a path stands for nothing: no file, folder, standard input or pattern."""
+    return (
+        str(path) != STANDARD_INPUT and not os.path.exists(path) and not glob.has_magic(str(path))
+    )
+
+
 def find_files(path: Path) -> list[Path]:
     """Files of a path: itself, those of a folder, or those that match it as a pattern; sorted."""
     if path.is_dir():

@@ -103,7 +103,8 @@ class BankWriter:
                 )
             self.lock = WriterLock(path / LOCK)
         except OSError as error:
-            raise BankError(f"{path}: expected a writable folder, got: {error.strerror}") from error
+            got = " a file" if path.is_file() else f": {error.strerror}"
+            raise BankError(f"{path}: expected a writable folder, got{got}") from error
         try:
             (path / SEGMENTS).mkdir(exist_ok=True)
             if not stat.S_ISDIR(os.lstat(path / SEGMENTS).st_mode):

@@ -281,5 +281,8 @@ def check_known(names: Iterable[str], known: Container[str]) -> list[str]:
     names = list(dict.fromkeys([names] if isinstance(names, str) else names))
     for name in names:
         if name not in known:
-            raise InputError(f"{name}: expected a document of the bank, got none of that name")
+            raise InputError(
+                f"{name}: expected a document of the bank, got none of that name",
+                "'lychee info' lists them",
+            )
     return names

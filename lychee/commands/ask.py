@@ -132,7 +132,7 @@ def prepare(
 ):
     """Model, bank and the seconds that making or opening the bank took."""
     from lychee.bank import MemoryBank, is_bank
-    from lychee.documents import read_documents
+    from lychee.documents import is_missing, read_documents
 
     banks = [path for path in sources if is_bank(path)]
     if banks and len(sources) > 1:
@@ -157,6 +157,8 @@ def prepare(
         check_lengths(memory_model, questions)
         bank.attach(memory_model)
         return memory_model, bank, {"open_seconds": round(opened, 3)}
+    if len(sources) == 1 and is_missing(sources[0]):
+        raise InputError(f"{sources[0]}: expected texts or a bank, got nothing of that name")
     documents = read_documents(sources)
     memory_model = load_model(folder, ratio, max_new_tokens)
     check_lengths(memory_model, questions)

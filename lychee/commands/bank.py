@@ -128,7 +128,7 @@ def info(bank: Bank, as_json: AsJson = False) -> None:
     for document in documents[:MOST_LISTED]:
         print(
             f"  {document['name']:{min(width, 60)}}  {document['tokens']:>11,} tokens  "
-            f"{document['chunks']:>7,} chunks"
+            f"{document['chunks']:>7,} chunk{'' if document['chunks'] == 1 else 's'}"
         )
     if len(documents) > MOST_LISTED:
         print(f"  and {len(documents) - MOST_LISTED:,} more; --json lists all")
@@ -147,6 +147,8 @@ def verify(bank: Bank, as_json: AsJson = False) -> None:
         print(json.dumps({"path": str(bank), "sound": not damage, "damage": damage}))
     else:
         print("\n".join(damage or [f"{bank}: sound"]))
+        if damage:
+            print("lychee: restore these from a copy, or build the bank anew", file=sys.stderr)
     if damage:
         raise typer.Exit(FAILED)
 

@@ -72,7 +72,8 @@ def test_build_over_a_bank(refuse, bank, text_file, options):
 def test_build_over_something_else(refuse, tmp_path, text_file, options):
     file = tmp_path / "file"
     file.write_text("mine")
-    assert refuse("build", text_file, "-o", file, *options).startswith(f"{file}: expected ")
+    line = refuse("build", text_file, "-o", file, *options)
+    assert line == f"{file}: expected a writable folder, got a file"
     assert file.read_text() == "mine"
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -107,7 +108,7 @@ def test_unknown_document(refuse, bank, answer_of):
     before = answer_of("info", bank)
     name = before["documents"][0]["name"]
     line = refuse("rm", bank, name, "none")
-    assert line.startswith("none: expected a document of the bank, got none of that name")
+    assert line.startswith("none: expected a document of the bank, got none of that name; ")
     assert answer_of("info", bank) == before
 
 

@@ -25,7 +25,7 @@ def write(path, data):
 
 
 FILES = {
-    "missing": (None, "expected a text file, got: No such file or directory"),
+    "missing": (None, "expected texts or a bank, got nothing of that name"),
     "empty": (b"", "expected text, got an empty document"),
     "blank": (b" \n\t\n", "expected text, got an empty document"),
     "null-bytes": (b"abc\0def", "expected a text file, got binary data"),

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Banks in memory: page dtypes, tables, tiers, and documents that come and go."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from bank_contents import assert_same_memory, documents_of, read_back
@@ -67,6 +70,19 @@ def test_documents_come_and_go(tiny_model, prose):
     assert bank.add([d]).added == (d.name,)
     assert_same_memory(bank, tiny_model.remember([Document(b.name, d.text), d]))
     assert len(bank.pages) <= pages + 8, "freed pages are used again"
+
+
+def test_an_answer_does_not_keep_the_bank(tiny_model, prose):
+    """Pages go with the last reference, not with some later collection of cycles."""
+    gc.disable()
+    try:
+        bank = tiny_model.remember(prose(60))
+        known = weakref.ref(bank)
+        answer = tiny_model.ask(bank, "who came again")
+        del bank
+        assert known() is None and answer.trace
+    finally:
+        gc.enable()
 
 
 def test_removing_an_unknown_document_removes_nothing(tiny_model, prose):

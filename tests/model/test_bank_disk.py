@@ -7,7 +7,16 @@ from bank_contents import assert_same_memory, build_bank, documents_of, litter, 
 from safetensors import safe_open
 
 from lychee import LycheeMemory
-from lychee.bank import BankBuilder, Document, MemoryBank, build, is_bank, save, verify_bank
+from lychee.bank import (
+    BankBuilder,
+    Document,
+    MemoryBank,
+    build,
+    is_bank,
+    save,
+    tables,
+    verify_bank,
+)
 from lychee.errors import BankError, BankMismatchError, InputError
 
 
@@ -75,6 +84,30 @@ def test_only_pages_asked_for_are_copied(tiny_model, prose, tmp_path, monkeypatc
     [segment] = [s for s in stored.pages.segments if s.kv.data_ptr() == near.kv.data_ptr()]
     assert len(near.kv) == segment.record.pages, "pages of one file are read where they are"
     assert stored.bytes_read == 4 * page_bytes
+
+
+def test_rows_are_put_together_by_segment(tiny_model, prose, tmp_path, monkeypatch):
+    monkeypatch.setattr(save, "SEGMENT_BYTES", 60_000)
+    monkeypatch.setattr(tables, "WORTHWHILE_ROWS", 3)
+    tiny_model.remember(documents_of(prose, 0, 1, 2)).save(tmp_path)
+    bank = MemoryBank.open(tmp_path, model=tiny_model)
+    chunks = [len(bank) - 1, *range(len(bank) - 1)]
+    homes = [bank.pages.home(bank.chunks[chunk].pages[0]) for chunk in chunks]
+    assert len(set(homes)) > 2
+    found = list(bank.chunk_tables(chunks))
+    assert sorted(row for rows, _ in found for row in rows) == list(range(len(chunks)))
+    mapped = {segment.kv.data_ptr() for segment in bank.pages.segments}
+    for rows, table in found:
+        enough = homes.count(homes[rows[0]]) >= 3
+        assert (table.kv.data_ptr() in mapped) == (enough or len({homes[r] for r in rows}) == 1)
+        for place, row in enumerate(rows):
+            alone = bank.page_table([[chunks[row]]])
+            count = int(alone.count)
+            assert torch.equal(table.length[place, :count], alone.length[0])
+            pages, wanted = (
+                t.kv[t.table[i, :count].long()] for t, i in ((table, place), (alone, 0))
+            )
+            assert torch.equal(pages, wanted)
 
 
 def test_segments_are_safetensors(tiny_model, prose, tmp_path):
