@@ -60,7 +60,6 @@ def test_writing_adds_little_to_a_build(benchmark, model, book, tmp_path, thread
     documents = [Document("book", book[:BUILT_CHARACTERS])]
 
     def build():
-        shutil.rmtree(tmp_path, ignore_errors=True)
         with BankBuilder(model, tmp_path, bank_dtype=dtype) as builder:
             return builder.add(documents)
 
@@ -70,6 +69,7 @@ def test_writing_adds_little_to_a_build(benchmark, model, book, tmp_path, thread
     pairs = []
 
     def turn():
+        shutil.rmtree(tmp_path, ignore_errors=True)
         pairs.append((measured(build), measured(remember)))
 
     remember()
