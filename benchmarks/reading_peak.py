@@ -13,14 +13,16 @@ import gc
 import json
 import sys
 import tempfile
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from reading import CUDA, ChosenGate, make_model, make_questions, make_text, run_full_context
+from reading import CUDA, make_model, make_questions, make_text, run_full_context
 
 from lychee.bank import BankBuilder, Document, MemoryBank
 from lychee.baselines.memagent import MemAgent
+from lychee.gate import Gate, GateConfig
 from lychee.reading import ReadingLoop
 
 BATCH = 8
@@ -47,14 +49,36 @@ def peak() -> float:
     return torch.cuda.max_memory_allocated() / 2**20 if CUDA else resident("VmHWM")
 
 
+class LastChunkGate(Gate):
+    """A gate that does all the work of scoring and then lets the last chunk through.
+
+    It counts the chunks that each prompt was scored with, which come in order: a bank on disk
+    numbers the pages of every table anew.
+    """
+
+    def __init__(self, decoder, chunks: int):
+        super().__init__(decoder, GateConfig(layers=decoder.config.num_hidden_layers))
+        self.last, self.scored = chunks - 1, Counter()
+        self.eval()
+
+    def score(self, prompts, rows, pages):
+        logits, found = super().score(prompts, rows, pages), []
+        for row in rows.tolist():
+            found.append(8.0 if self.scored[row] == self.last else -8.0)
+            self.scored[row] += 1
+        return torch.tensor(found).to(logits)
+
+
 def ask_once(model, bank, questions: list[str]) -> None:
     """Gate, read the last chunk and answer, with notes that are full from the start."""
     full = model.tokenizer.encode(make_text(model.memory.size))
     reasoner = model.reasoner
     reasoner.prompts = replace(reasoner.prompts, no_memory=full)
     ids = [model.encode_question(question) for question in questions]
-    gate = ChosenGate(model.decoder, [len(bank) - 1])
-    reasoner.answer(ids, ReadingLoop(reasoner, bank, gate=gate).run(ids))
+    loop, read = ReadingLoop(reasoner, bank, gate=LastChunkGate(model.decoder, len(bank))), []
+    notes = loop.run(ids, lambda event: read.append(event.chunk) if event.read else None)
+    assert read == [len(bank) - 1] * len(ids), "another chunk than the last was read"
+    reasoner.answer(ids, notes)
 
 
 def run_ours(model, text: str, questions: list[str], variant: str) -> int:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lychee_kernels as lk
+from lychee.allocator import return_freed_memory
 from lychee.config import ModelConfig
 
 # Rows per block of row-wise work: a block's activations stay in cache, and peak memory stays flat.
@@ -242,6 +243,7 @@ class Decoder(nn.Module):
         return self.cos, self.sin
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
+        return_freed_memory()
         return KVCache(self.config, batch, capacity, self.device, self.dtype)
 
     def forward(

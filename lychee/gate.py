@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lychee_kernels as lk
+from lychee.allocator import return_freed_memory
 from lychee.decoder import Decoder, Layer, Pages, linear_into, rotate
 from lychee.errors import MemoryConfigError
 from lychee.generate import PromptBatch
@@ -153,6 +154,7 @@ class Gate(nn.Module):
 
         `first_position` is that of a prompt's first token: the memory slots before it.
         """
+        return_freed_memory()
         decoder, tail = self.decoder, self.config.tail
         end = min(decoder.config.eos_token_ids, default=0)
         rows = [prompt + draft for prompt, draft in zip(prompts, notes, strict=True)]
@@ -162,43 +164,58 @@ class Gate(nn.Module):
         cos, sin = decoder.rope_tables(first_position + width)
         cos, sin = cos[batch.positions][:, None], sin[batch.positions][:, None]
         size = max(1, PASS_TOKENS // width)
-        pieces = zip(*(t.split(size) for t in (batch.ids, cos, sin)), strict=True)
-        valid = [None] * len(rows) if batch.valid is None else batch.valid.split(size)
-        passes = [self._pass(*piece, mask) for piece, mask in zip(pieces, valid, strict=False)]
-        tails, keys, values = zip(*passes, strict=True)
+        config, before = decoder.config, width - tail
+        shape = len(rows), config.num_key_value_heads, before, config.head_dim
+        keys, values = (
+            [cos.new_empty(shape, dtype=decoder.dtype) for _ in range(1, self.config.layers)]
+            for _ in range(2)
+        )
+        tails = []
+        for start in range(0, len(rows), size):
+            part = slice(start, start + size)
+            valid = None if batch.valid is None else batch.valid[part]
+            into = [(k[part], v[part]) for k, v in zip(keys, values, strict=True)]
+            tails.append(self._pass(batch.ids[part], cos[part], sin[part], valid, into))
         following = F.pad(batch.ids[:, width - tail + 1 :], (0, 1), value=end)
         first = torch.tensor([[tail - len(draft) - 1] for draft in notes], device=cos.device)
         return GatePrompts(
             torch.cat(tails),
             decoder.lm_head.weight[following],
             torch.arange(tail, device=cos.device) >= first,
-            join_layers(keys),
-            join_layers(values),
+            keys,
+            values,
             cos[:, :, width - tail :],
             sin[:, :, width - tail :],
             batch.valid,
         )
 
     def _pass(
-        self, ids: Tensor, cos: Tensor, sin: Tensor, valid: Tensor | None
-    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Activations of the tail, keys and values before it, of prompts ids [R, T]."""
+        self,
+        ids: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        valid: Tensor | None,
+        into: list[tuple[Tensor, Tensor]],
+    ) -> Tensor:
+        """Activations of the tail of prompts ids [R, T]; `into` gets keys and values before it."""
         decoder, before = self.decoder, ids.shape[1] - self.config.tail
         x = decoder.model.embed_tokens(ids)
-        tail_x, keys, values = x, [], []
+        tail_x = x
         for index, layer in enumerate(decoder.model.layers[: self.config.layers]):
             linears, turns = own_linears(layer), (cos[:, :, : x.shape[1]], sin[:, :, : x.shape[1]])
-            q, k, v = (heads(layer, linears, letter, x) for letter in "qkv")
-            q, k = rotate(q, *turns), rotate(k, *turns)
+            k, v = (heads(layer, linears, letter, x) for letter in "kv")
+            k = rotate(k, *turns)
             if index:
-                keys.append(k)
-                values.append(v)
+                for kept, new in zip(into[index - 1], (k, v), strict=True):
+                    kept.copy_(new)
             if index < self.config.layers - 1:
+                q = rotate(heads(layer, linears, "q", x), *turns)
                 x = close(layer, linears, x, lk.memory_attention(q, k, v, valid=valid)[0])
             if index == 0:
                 x, tail_x = x.split((before, self.config.tail), dim=1)
                 valid = None if valid is None else valid[:, :before].contiguous()
-        return tail_x, keys, values
+        # a copy, so that the rest of it is not kept
+        return tail_x.clone()
 
     def score(self, prompts: GatePrompts, rows: Tensor | None, pages: Pages) -> Tensor:
         """Logits [N] of N pairs of a prompt and a chunk.
@@ -237,13 +254,6 @@ class Gate(nn.Module):
         x = HEAD_SCALE * F.rms_norm(x.float(), x.shape[-1:])
         scores = self.head(torch.cat((x, expected.float().sum(-1, keepdim=True)), dim=-1))[..., 0]
         return scores.masked_fill(~spread(prompts.counts), float("-inf")).logsumexp(dim=1)
-
-
-def join_layers(pieces: Sequence[list[Tensor]]) -> list[Tensor]:
-    """Per layer the rows of all pieces, whose lists are emptied so that nothing stands twice."""
-    if len(pieces) == 1:
-        return pieces[0]
-    return [torch.cat([piece.pop(0) for piece in pieces]) for _ in range(len(pieces[0]))]
 
 
 def own_linears(layer: Layer) -> dict[str, nn.Module]:

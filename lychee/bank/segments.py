@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import bisect
+import ctypes
 import hashlib
 import json
+import mmap
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
@@ -112,6 +114,11 @@ class Segment:
         scale = scale.view(record.pages, layout.scale_bytes)
         return cls(record, kv.view(record.pages, layout.kv_bytes), scale, text)
 
+    def let_go(self) -> None:
+        """Free the memory of the pages that were touched; touched again, they are read again."""
+        for data in (self.kv, self.scale):
+            release_mapped(data)
+
     def read_text(self, place: TextPlace, document: str) -> str:
         """A document's text; BankError if its bytes are none."""
         try:
@@ -125,6 +132,16 @@ class Segment:
             ) from error
 
 
+def release_mapped(data: Tensor) -> None:
+    """Let the system take the memory behind a part of a mapped file that nobody has written to."""
+    if not data.numel() or not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    page = mmap.PAGESIZE
+    start = data.data_ptr() // page * page
+    size = data.data_ptr() + data.nbytes - start
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
+
+
 def hash_file(path: Path, on_bytes: Callable[[int], None]) -> str:
     """SHA-256 of a file; `on_bytes` is called with the bytes of each block read."""
     digest = hashlib.sha256()
@@ -136,11 +153,15 @@ def hash_file(path: Path, on_bytes: Callable[[int], None]) -> str:
 
 
 class SegmentPages:
-    """Pages in mapped files; those that a table needs are brought to the reader, others never."""
+    """Pages in mapped files; those that a table needs are brought to the reader, others never.
+
+    Of the files, what the last table reads is in memory, and a block while it is copied.
+    """
 
     def __init__(self, layout: PageLayout, segments: Sequence[Segment], reader: torch.device):
         self.layout, self.segments, self.reader = layout, list(segments), torch.device(reader)
         self.bytes_read = 0
+        self.in_place: Segment | None = None  # whose pages the last table reads where they lie
         self.starts: list[int] = []
         total = 0
         for segment in self.segments:
@@ -164,19 +185,23 @@ class SegmentPages:
         )
         done = 0
         for segment, places in self._runs(pages):
-            index = torch.tensor(places)
-            kv[done : done + len(places)] = segment.kv[index].to(device)
-            scale[done : done + len(places)] = segment.scale[index].to(device)
-            done += len(places)
+            for block in torch.tensor(places).split(max(1, BLOCK_BYTES // self.layout.page_bytes)):
+                rows = slice(done, done + len(block))
+                kv[rows], scale[rows] = segment.kv[block], segment.scale[block]
+                segment.let_go()
+                done += len(block)
         return kv, scale
 
     def bring(self, pages: Sequence[int]) -> tuple[Tensor, Tensor | None, Sequence[int]]:
         self.bytes_read += len(pages) * self.layout.page_bytes
+        if self.in_place is not None:
+            self.in_place.let_go()
+            self.in_place = None
         if self.reader.type == "cpu":
             runs = list(self._runs(pages))
             if len(runs) == 1:
-                [(segment, places)] = runs
-                return *self.layout.view(segment.kv, segment.scale), places
+                [(self.in_place, places)] = runs
+                return *self.layout.view(self.in_place.kv, self.in_place.scale), places
         return *self.layout.view(*self.bytes_of(pages, self.reader)), range(len(pages))
 
     def loaded(self, device: torch.device) -> PagePool:
@@ -186,4 +211,5 @@ class SegmentPages:
         for start, segment in zip(self.starts, self.segments, strict=True):
             for target, source in zip(pool.bytes(), (segment.kv, segment.scale), strict=True):
                 target[start : start + len(source)] = source
+            segment.let_go()
         return pool
