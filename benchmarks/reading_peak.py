@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from reading import CUDA, make_model, make_questions, make_text, run_full_context
 
+from lychee.allocator import return_freed_memory
 from lychee.bank import BankBuilder, Document, MemoryBank
 from lychee.baselines.memagent import MemAgent
 from lychee.gate import Gate, GateConfig
@@ -38,6 +39,7 @@ def resident(field: str) -> float:
 def reset_peak() -> float:
     """Start counting; MiB in use now."""
     gc.collect()
+    return_freed_memory()
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated() / 2**20

@@ -10,6 +10,16 @@ from __future__ import annotations
 import ctypes
 from functools import cache
 
+# Bytes; what is smaller is worth less than the millisecond or two that giving back takes.
+LEAST = 16 << 20
+
+
+def return_freed_memory(before: int = LEAST) -> None:
+    """Give freed memory back, where the C library can, if `before` bytes or more will be filled."""
+    trim = malloc_trim()
+    if before >= LEAST and trim is not None:
+        trim(0)
+
 
 @cache
 def malloc_trim():
@@ -18,10 +28,3 @@ def malloc_trim():
         return ctypes.CDLL(None).malloc_trim
     except (AttributeError, OSError, TypeError):
         return None
-
-
-def return_freed_memory() -> None:
-    """Give freed memory back, where the C library can; takes about a millisecond."""
-    trim = malloc_trim()
-    if trim is not None:
-        trim(0)

@@ -154,7 +154,6 @@ class Gate(nn.Module):
 
         `first_position` is that of a prompt's first token: the memory slots before it.
         """
-        return_freed_memory()
         decoder, tail = self.decoder, self.config.tail
         end = min(decoder.config.eos_token_ids, default=0)
         rows = [prompt + draft for prompt, draft in zip(prompts, notes, strict=True)]
@@ -170,14 +169,16 @@ class Gate(nn.Module):
             [cos.new_empty(shape, dtype=decoder.dtype) for _ in range(1, self.config.layers)]
             for _ in range(2)
         )
+        return_freed_memory(kept := sum(t.nbytes for t in keys + values))
         tails = []
         for start in range(0, len(rows), size):
             part = slice(start, start + size)
             valid = None if batch.valid is None else batch.valid[part]
-            into = [(k[part], v[part]) for k, v in zip(keys, values, strict=True)]
+            into = [[k[part], v[part]] for k, v in zip(keys, values, strict=True)]
             tails.append(self._pass(batch.ids[part], cos[part], sin[part], valid, into))
         following = F.pad(batch.ids[:, width - tail + 1 :], (0, 1), value=end)
         first = torch.tensor([[tail - len(draft) - 1] for draft in notes], device=cos.device)
+        return_freed_memory(kept)
         return GatePrompts(
             torch.cat(tails),
             decoder.lm_head.weight[following],
@@ -190,12 +191,7 @@ class Gate(nn.Module):
         )
 
     def _pass(
-        self,
-        ids: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        valid: Tensor | None,
-        into: list[tuple[Tensor, Tensor]],
+        self, ids: Tensor, cos: Tensor, sin: Tensor, valid: Tensor | None, into: list[list[Tensor]]
     ) -> Tensor:
         """Activations of the tail of prompts ids [R, T]; `into` gets keys and values before it."""
         decoder, before = self.decoder, ids.shape[1] - self.config.tail

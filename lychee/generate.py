@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lychee.allocator import return_freed_memory
 from lychee.decoder import Decoder, KVCache, Pages
 from lychee.errors import InputError
 
@@ -147,6 +148,7 @@ def generate(
     )
     count, width = batch.ids.shape
     cache = decoder.new_cache(count, width + max_new_tokens)
+    return_freed_memory(2 * cache.k.nbytes)
     last = first_position + width + max_new_tokens
     generator = torch.Generator(decoder.device).manual_seed(sampling.seed)
     out: list[list[int]] = [[] for _ in prompts]
