@@ -14,6 +14,7 @@ from lychee.eval.methods import OURS
 from lychee.eval.report import Cell
 
 # What tells the lines of a plot by length apart.
+NO_GATE = "no gate"
 LINE = ("method", "ratio", "bank_dtype", "gate")
 
 Points = list[tuple[float, float]]
@@ -66,7 +67,7 @@ def describe(name: str, value: Any) -> str:
     if value is None or value == "auto":
         return ""
     if name == "gate":
-        return "no gate" if value == "off" else f"gate {value}"
+        return NO_GATE if value == "off" else f"gate {value}"
     return f"ratio {value}" if name == "ratio" else str(value)
 
 
@@ -143,7 +144,7 @@ def cost_by_length(field: str, label: str, scale: float) -> Callable:
             return None
         figure, axes = start(pyplot, "tokens of text", label, places_of(lines))
         use_log_scale(axes)
-        ours = [points for name, points in lines.items() if name.startswith(OURS)]
+        ours = [p for n, p in lines.items() if n.startswith(OURS) and not n.endswith(NO_GATE)]
         for name, points in lines.items():
             axes.plot(*zip(*((x, y * scale) for x, y in points), strict=True), "o-", label=name)
             if name.startswith(OURS) or len(ours) != 1:
@@ -193,12 +194,14 @@ def chunks_by_length(pyplot: ModuleType, cells: Sequence[Cell]):
     return figure
 
 
-def draw_curves(curves: dict[str, Points], x: str, y: str, path: Path) -> None:
-    """Lines by name into one file, for instance rewards by training step."""
+def draw_curves(curves: dict[str, list[Points]], x: str, y: str, path: Path) -> None:
+    """Each kind's runs in one colour, for instance rewards by training step, into one file."""
     pyplot = load_matplotlib()
     figure, axes = start(pyplot, x, y)
-    for name, points in curves.items():
-        axes.plot(*zip(*points, strict=True), label=name)
+    for index, (name, runs) in enumerate(curves.items()):
+        for number, points in enumerate(runs):
+            label = f"{name}, {len(runs)} runs" if not number else None
+            axes.plot(*zip(*points, strict=True), color=f"C{index}", alpha=0.7, label=label)
     axes.legend()
     figure.savefig(path, dpi=150, bbox_inches="tight")
     pyplot.close(figure)
