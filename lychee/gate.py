@@ -221,6 +221,10 @@ class Gate(nn.Module):
             rows: [N] int64, each pair's prompt; None takes the prompts in order.
             pages: the chunk of each pair.
         """
+        count = len(prompts.tail)
+        if rows is not None and len(rows) == count:
+            # One chunk for each prompt, as where prompts are long: nothing need be copied.
+            rows = None if torch.equal(rows, torch.arange(count, device=rows.device)) else rows
 
         def spread(tensor: Tensor) -> Tensor:
             if rows is None:

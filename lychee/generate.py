@@ -154,6 +154,7 @@ def generate(
     out: list[list[int]] = [[] for _ in prompts]
     live = set(range(count))
     hidden = prefill(decoder, batch, cache, pages, last)
+    return_freed_memory(2 * cache.k.nbytes)  # the prompts' activations
     positions = batch.positions[:, -1:]
     for step in range(1, max_new_tokens + 1):
         logits = decoder.logits(hidden)
