@@ -87,7 +87,7 @@ def compare_settings(
     for gate, title in (("auto", ""), ("off", "; without the gate ")):
         found = [
             f"{cell[field]}: {percent(cell)}"
-            for cell in cells
+            for cell in sorted(cells, key=lambda cell: cell["ratio"] or 0)
             if cell["length"] == plan.setting_length
             and cell["gate"] == gate
             and cell[field] in values
