@@ -128,10 +128,7 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
 
     def project(self, letter: str, x: Tensor, memory: bool = False) -> Tensor:
-        """Apply projection q, k or v to rows x [..., E] -> [..., heads, D], Qwen3's norm included.
-
-        `memory` chooses the memory tokens' own projection where the checkpoint has one.
-        """
+        """Rows x [..., E] -> q, k or v [..., heads, D], Qwen3's norm included; see `linear`."""
         return self.split_heads(letter, self.linear(letter, memory)(x))
 
     def split_heads(self, letter: str, rows: Tensor) -> Tensor:
@@ -161,7 +158,11 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(inner, hidden, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.activate(x))
+        if torch.is_grad_enabled() or x.device.type != "cpu":
+            return self.down_proj(self.activate(x))
+        # In blocks: all rows' inner values would take more than the rest of a layer.
+        blocks = x.flatten(0, -2).split(BLOCK_ROWS)
+        return torch.cat([self.down_proj(self.activate(rows)) for rows in blocks]).view_as(x)
 
     def activate(self, x: Tensor) -> Tensor:
         """silu(gate(x)) * up(x); without gradients in the memory of gate(x)."""

@@ -18,7 +18,7 @@ from lychee.bank import DTYPES, page_bytes, pages_of
 from lychee.bank.build import SEGMENT_BYTES
 from lychee.bank.pieces import BATCH_TOKENS
 from lychee.config import MemoryConfig, ModelConfig
-from lychee.decoder import Decoder
+from lychee.decoder import BLOCK_ROWS, Decoder
 from lychee.errors import InputError, MemoryConfigError
 from lychee.memory_model import SHIPPED_MODEL, pick_device, pick_dtype
 from lychee.reading import MAX_TOKENS
@@ -185,7 +185,7 @@ def read_floats(config: ModelConfig, memory: MemoryConfig) -> int:
     """Numbers alive at once where one question, and notes, of full length are read with.
 
     Many chunks' turns are checked in one pass, as long as `MAX_ROWS` and `MAX_TOKENS` allow:
-    activations of the widest part of a layer, or the scores of the notes over the vocabulary.
+    activations of the widest part of a layer, or a block's scores over the vocabulary.
     """
     width = memory.question + 2 * memory.size
     rows = max(1, min(MAX_ROWS, MAX_TOKENS // width))
@@ -194,4 +194,4 @@ def read_floats(config: ModelConfig, memory: MemoryConfig) -> int:
     attention = 3 * (query + 2 * key) + query
     mlp = config.hidden_size + 2 * config.intermediate_size
     activations = rows * width * (config.hidden_size + max(attention, mlp))
-    return max(activations, rows * memory.size * config.vocab_size)
+    return max(activations, min(rows * memory.size, BLOCK_ROWS) * config.vocab_size)

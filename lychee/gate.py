@@ -21,9 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lychee_kernels as lk
+from lychee.allocator import return_freed_memory
 from lychee.decoder import Decoder, Layer, Pages, linear_into, rotate
 from lychee.errors import MemoryConfigError
-from lychee.generate import PromptBatch
+from lychee.generate import PromptBatch, prefill_step
 from lychee.lora import LoraLinear, LowRank
 
 # Tokens of prompts in one pass over several questions, which bounds its activations.
@@ -153,52 +154,64 @@ class Gate(nn.Module):
 
         `first_position` is that of a prompt's first token: the memory slots before it.
         """
-        decoder, tail = self.decoder, self.config.tail
-        end = min(decoder.config.eos_token_ids, default=0)
+        decoder, config, tail = self.decoder, self.decoder.config, self.config.tail
+        end = min(config.eos_token_ids, default=0)
         rows = [prompt + draft for prompt, draft in zip(prompts, notes, strict=True)]
-        batch = PromptBatch.build(rows, first_position, 0, decoder.device)
-        batch = widen(batch, tail + 1)
+        batch = widen(PromptBatch.build(rows, first_position, 0, decoder.device), tail + 1)
         width = batch.ids.shape[1]
         cos, sin = decoder.rope_tables(first_position + width)
         cos, sin = cos[batch.positions][:, None], sin[batch.positions][:, None]
         size = max(1, PASS_TOKENS // width)
-        pieces = zip(*(t.split(size) for t in (batch.ids, cos, sin)), strict=True)
-        valid = [None] * len(rows) if batch.valid is None else batch.valid.split(size)
-        passes = [self._pass(*piece, mask) for piece, mask in zip(pieces, valid, strict=False)]
-        tails, keys, values = zip(*passes, strict=True)
+        shape = len(rows), config.num_key_value_heads, width - tail, config.head_dim
+        kept = [[cos.new_empty(shape, dtype=decoder.dtype) for _ in "kv"] for _ in self.layers]
+        return_freed_memory(kept_bytes := sum(k.nbytes + v.nbytes for k, v in kept))
+        tails = []
+        for start in range(0, len(rows), size):
+            part = slice(start, start + size)
+            valid = None if batch.valid is None else batch.valid[part]
+            into = [[k[part], v[part]] for k, v in kept]
+            tails.append(self._pass(batch.ids[part], cos[part], sin[part], valid, into))
         following = F.pad(batch.ids[:, width - tail + 1 :], (0, 1), value=end)
         first = torch.tensor([[tail - len(draft) - 1] for draft in notes], device=cos.device)
+        return_freed_memory(kept_bytes)
         return GatePrompts(
             torch.cat(tails),
             decoder.lm_head.weight[following],
             torch.arange(tail, device=cos.device) >= first,
-            join_layers(keys),
-            join_layers(values),
+            *map(list, zip(*kept, strict=True)),
             cos[:, :, width - tail :],
             sin[:, :, width - tail :],
             batch.valid,
         )
 
     def _pass(
-        self, ids: Tensor, cos: Tensor, sin: Tensor, valid: Tensor | None
-    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Activations of the tail, keys and values before it, of prompts ids [R, T]."""
-        decoder, before = self.decoder, ids.shape[1] - self.config.tail
-        x = decoder.model.embed_tokens(ids)
-        tail_x, keys, values = x, [], []
-        for index, layer in enumerate(decoder.model.layers[: self.config.layers]):
-            linears, turns = own_linears(layer), (cos[:, :, : x.shape[1]], sin[:, :, : x.shape[1]])
-            q, k, v = (heads(layer, linears, letter, x) for letter in "qkv")
-            q, k = rotate(q, *turns), rotate(k, *turns)
-            if index:
-                keys.append(k)
-                values.append(v)
-            if index < self.config.layers - 1:
-                x = close(layer, linears, x, lk.memory_attention(q, k, v, valid=valid)[0])
-            if index == 0:
-                x, tail_x = x.split((before, self.config.tail), dim=1)
-                valid = None if valid is None else valid[:, :before].contiguous()
-        return tail_x, keys, values
+        self, ids: Tensor, cos: Tensor, sin: Tensor, valid: Tensor | None, into: list[list[Tensor]]
+    ) -> Tensor:
+        """Activations of the tail of prompts ids [R, T]; `into` gets keys and values before it."""
+        decoder, width = self.decoder, ids.shape[1]
+        # In pieces, half of prefill's: the prompts' keys and values leave less room than its cache.
+        before, step = width - self.config.tail, max(1, prefill_step(ids.device, len(ids)) // 2)
+        k, v = into[0]
+        into, tails = [[t.new_empty(*t.shape[:2], width, t.shape[3]) for t in (k, v)], *into], []
+        for start in range(0, width, step):
+            x = decoder.model.embed_tokens(ids[:, start : start + step])
+            for index, layer in enumerate(decoder.model.layers[: self.config.layers]):
+                stop, linears = start + x.shape[1], own_linears(layer)
+                turns = cos[:, :, start:stop], sin[:, :, start:stop]
+                k, v = (heads(layer, linears, letter, x) for letter in "kv")
+                for kept, new in zip(into[index], (rotate(k, *turns), v), strict=True):
+                    kept[:, :, start:stop] = new
+                if index < self.config.layers - 1:
+                    q = rotate(heads(layer, linears, "q", x), *turns)
+                    k, v = (kept[:, :, :stop] for kept in into[index])
+                    seen = None if valid is None else valid[:, :stop].contiguous()
+                    x = close(layer, linears, x, lk.memory_attention(q, k, v, valid=seen)[0])
+                if index == 0:
+                    x, tail = x.tensor_split((max(0, before - start),), dim=1)
+                    tails.append(tail.clone())
+                if not x.shape[1]:
+                    break
+        return torch.cat(tails, dim=1)
 
     def score(self, prompts: GatePrompts, rows: Tensor | None, pages: Pages) -> Tensor:
         """Logits [N] of N pairs of a prompt and a chunk.
@@ -208,6 +221,9 @@ class Gate(nn.Module):
             rows: [N] int64, each pair's prompt; None takes the prompts in order.
             pages: the chunk of each pair.
         """
+        if rows is not None and len(rows) == (count := len(prompts.tail)):
+            # One chunk for each prompt, as where prompts are long: nothing need be copied.
+            rows = None if torch.equal(rows, torch.arange(count, device=rows.device)) else rows
 
         def spread(tensor: Tensor) -> Tensor:
             if rows is None:
@@ -237,13 +253,6 @@ class Gate(nn.Module):
         x = HEAD_SCALE * F.rms_norm(x.float(), x.shape[-1:])
         scores = self.head(torch.cat((x, expected.float().sum(-1, keepdim=True)), dim=-1))[..., 0]
         return scores.masked_fill(~spread(prompts.counts), float("-inf")).logsumexp(dim=1)
-
-
-def join_layers(pieces: Sequence[list[Tensor]]) -> list[Tensor]:
-    """Per layer the rows of all pieces, whose lists are emptied so that nothing stands twice."""
-    if len(pieces) == 1:
-        return pieces[0]
-    return [torch.cat([piece.pop(0) for piece in pieces]) for _ in range(len(pieces[0]))]
 
 
 def own_linears(layer: Layer) -> dict[str, nn.Module]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lychee.allocator import return_freed_memory
 from lychee.decoder import Decoder, KVCache, Pages
 from lychee.errors import InputError
 
@@ -147,11 +148,13 @@ def generate(
     )
     count, width = batch.ids.shape
     cache = decoder.new_cache(count, width + max_new_tokens)
+    return_freed_memory(2 * cache.k.nbytes)
     last = first_position + width + max_new_tokens
     generator = torch.Generator(decoder.device).manual_seed(sampling.seed)
     out: list[list[int]] = [[] for _ in prompts]
     live = set(range(count))
     hidden = prefill(decoder, batch, cache, pages, last)
+    return_freed_memory(2 * cache.k.nbytes)  # the prompts' activations
     positions = batch.positions[:, -1:]
     for step in range(1, max_new_tokens + 1):
         logits = decoder.logits(hidden)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from lychee.config import MemoryConfig
-from lychee.decoder import Decoder, Pages
+from lychee.decoder import BLOCK_ROWS, Decoder, Pages
 from lychee.generate import GREEDY, PromptBatch, Sampling, generate
 from lychee.prompts import ReadingPrompts
 
@@ -108,7 +108,9 @@ class Reasoner:
             valid=batch.valid,
             select=(select[0], select[1]),
         )
-        chosen = self.decoder.logits(hidden).argmax(dim=-1).tolist()
+        # A block at a time: scores of all notes over the vocabulary would take more than all else.
+        blocks = (self.decoder.logits(rows) for rows in hidden.split(BLOCK_ROWS))
+        chosen = torch.cat([logits.argmax(dim=-1) for logits in blocks]).tolist()
         same = [True] * len(prompts)
         for row, token, target in zip(rows, chosen, targets, strict=True):
             same[row] &= token in self.prompts.stop if target < 0 else token == target

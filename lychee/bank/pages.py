@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import lychee_kernels as lk
+from lychee.allocator import return_freed_memory
 from lychee.compressor import Window
 from lychee.config import ModelConfig
 from lychee.errors import BankError
@@ -178,6 +179,7 @@ class PagePool:
         missing = pages - len(self.free)
         if missing <= 0:
             return
+        return_freed_memory()
         before, kept = len(self.kv), self.bytes()
         grown = self._zeros(before + missing)
         for old, new in zip(kept, grown, strict=True):

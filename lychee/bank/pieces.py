@@ -84,12 +84,12 @@ def check_documents(documents: Iterable[Document]) -> Iterable[Document]:
 
 def cut_document(model: LycheeMemory, document: Document) -> list[Piece]:
     """The pieces that a document's chunks are made of."""
-    ids, offsets = model.tokenizer.encode_with_offsets(document.text)
+    ids, span_of = model.tokenizer.encode_with_span_of(document.text)
     if not ids:
         raise InputError(f"{document.name}: expected text, got nothing to read")
     ends = model.tokenizer.sentence_ends if model.memory.cut == "sentence" else None
     return [
-        Piece(ids[start:stop], offsets[start][0], offsets[stop - 1][1])
+        Piece(ids[start:stop], span_of(start)[0], span_of(stop - 1)[1])
         for start, stop in cut_chunks(ids, model.memory.chunk, ends)
     ]
 

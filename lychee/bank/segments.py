@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import bisect
+import ctypes
 import hashlib
 import json
+import mmap
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
@@ -113,6 +115,11 @@ class Segment:
         scale = scale.view(record.pages, layout.scale_bytes)
         return cls(record, kv.view(record.pages, layout.kv_bytes), scale, text)
 
+    def let_go(self) -> None:
+        """Free the memory of the pages that were touched; touched again, they are read again."""
+        for data in (self.kv, self.scale):
+            release_mapped(data)
+
     def read_text(self, place: TextPlace, document: str) -> str:
         """A document's text; BankError if its bytes are none."""
         try:
@@ -137,6 +144,16 @@ def announce(path: Path) -> None:
                 os.close(file)
 
 
+def release_mapped(data: Tensor) -> None:
+    """Let the system take the memory behind a part of a mapped file that nobody has written to."""
+    if not data.numel() or not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    page = mmap.PAGESIZE
+    start = data.data_ptr() // page * page
+    size = data.data_ptr() + data.nbytes - start
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
+
+
 def hash_file(path: Path, on_bytes: Callable[[int], None]) -> str:
     """SHA-256 of a file; `on_bytes` is called with the bytes of each block read."""
     digest = hashlib.sha256()
@@ -148,11 +165,15 @@ def hash_file(path: Path, on_bytes: Callable[[int], None]) -> str:
 
 
 class SegmentPages:
-    """Pages in mapped files; those that a table needs are brought to the reader, others never."""
+    """Pages in mapped files; those that a table needs are brought to the reader, others never.
+
+    Of the files, what the last table reads is in memory, and a block while it is copied.
+    """
 
     def __init__(self, layout: PageLayout, segments: Sequence[Segment], reader: torch.device):
         self.layout, self.segments, self.reader = layout, list(segments), torch.device(reader)
         self.bytes_read = 0
+        self.in_place: Segment | None = None  # whose pages the last table reads where they lie
         self.starts: list[int] = []
         total = 0
         for segment in self.segments:
@@ -176,20 +197,27 @@ class SegmentPages:
             torch.empty(len(pages), size, dtype=torch.uint8, device=device) for size in sizes
         )
         done = 0
+        most = max(1, BLOCK_BYTES // self.layout.page_bytes)
         for segment, run in self._runs(pages):
-            stop = done + run.stop - run.start
-            kv[done:stop] = segment.kv[run]
-            scale[done:stop] = segment.scale[run]
-            done = stop
+            for start in range(run.start, run.stop, most):
+                block = slice(start, min(start + most, run.stop))
+                rows = slice(done, done + block.stop - block.start)
+                kv[rows], scale[rows] = segment.kv[block], segment.scale[block]
+                segment.let_go()
+                done = rows.stop
         return kv, scale
 
     def bring(self, pages: Sequence[int]) -> tuple[Tensor, Tensor | None, Sequence[int]]:
         self.bytes_read += len(pages) * self.layout.page_bytes
+        if self.in_place is not None:
+            self.in_place.let_go()
+            self.in_place = None
         homes = {self.home(page) for page in pages}
         if self.reader.type == "cpu" and len(homes) == 1:
             [home] = homes
-            segment, start = self.segments[home], self.starts[home]
-            return *self.layout.view(segment.kv, segment.scale), [page - start for page in pages]
+            self.in_place, start = self.segments[home], self.starts[home]
+            view = self.layout.view(self.in_place.kv, self.in_place.scale)
+            return *view, [page - start for page in pages]
         return *self.layout.view(*self.bytes_of(pages, self.reader)), range(len(pages))
 
     def loaded(self, device: torch.device) -> PagePool:
@@ -199,4 +227,5 @@ class SegmentPages:
         for start, segment in zip(self.starts, self.segments, strict=True):
             for target, source in zip(pool.bytes(), (segment.kv, segment.scale), strict=True):
                 target[start : start + len(source)] = source
+            segment.let_go()
         return pool

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated
@@ -14,13 +15,17 @@ from lychee.commands.evaluate import MOST_TOKENS, digest_of
 from lychee.commands.loading import load_libraries, load_model
 from lychee.progress import ProgressDisplay
 
-RATIOS = (2, 4, 8, 16)
-# Tokens: from what full context still takes with the shipped model, up to 128K; --full adds more.
-LENGTHS = (1024, 2048, 7168, 28672, 131072)
+RATIOS, BANK_DTYPES = (2, 4, 8, 16), ("float32", "float16", "int8", "e4m3")
+# Tokens: shorter than where full context is overtaken, then the paper's; --full adds more.
+LENGTHS = (1024, 2048, 4096, 7168, 14336, 28672, 57344, 114688)
 FULL_LENGTHS = (524288, 1792000)
-RATIO_LENGTH = 7168
-QUESTIONS = 100
-QUICK_LENGTHS, QUICK_RATIOS, QUICK_QUESTIONS = (512, 1024), (4, 16), 4
+SETTING_LENGTH = 7168
+# Its time grows with the square of the length.
+LONGEST_FULL_CONTEXT = 28672
+QUESTIONS, PEER_QUESTIONS = 100, 10
+QUICK_LENGTHS, QUICK_RATIOS, QUICK_DTYPES, QUICK_QUESTIONS = (512, 1024), (4, 16), ("int8",), 4
+# Of a checkout; an installed package has none.
+CURVES = Path(__file__).parents[2] / "benchmarks" / "results" / "rl-curves.json"
 
 
 @bench.command()
@@ -30,7 +35,7 @@ def reproduce(
         list[Path] | None,
         typer.Argument(metavar="BOOK", help="Text around the facts; else a novel."),
     ] = None,
-    task: Annotated[str, typer.Option(help="A generated task.")] = "niah_multikey_1",
+    task: Annotated[str, typer.Option(help="A generated task.")] = "needles",
     length: Annotated[
         list[int] | None,
         typer.Option(min=64, max=MOST_TOKENS, metavar="N", help="Tokens; repeatable."),
@@ -39,7 +44,7 @@ def reproduce(
         list[int] | None, typer.Option(metavar="N", help="Repeatable; else 2, 4, 8 and 16.")
     ] = None,
     questions: Annotated[
-        int | None, typer.Option(min=1, help="Per length and method; else 100.")
+        int | None, typer.Option(min=1, help="Per length; else 100. Of other methods 10.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of texts, facts and places.")] = 0,
     frozen: Annotated[
@@ -57,7 +62,8 @@ def reproduce(
 ) -> None:
     """Make a small version of each of the paper's figures, beside the paper's numbers.
 
-    The same call goes on where an interrupted one stopped.
+    The same call goes on where an interrupted one stopped. With the shipped model it takes about
+    half an hour of one quiet core.
     """
     load_libraries()
     from lychee.eval import harness, tasks
@@ -65,21 +71,30 @@ def reproduce(
     from lychee.eval.reproduce import reproduce as run
 
     lengths = QUICK_LENGTHS if quick else LENGTHS + (FULL_LENGTHS if full else ())
+    asked = questions or (QUICK_QUESTIONS if quick else QUESTIONS)
     plan = Plan(
         task,
         tuple(length or lengths),
         tuple(ratio or (QUICK_RATIOS if quick else RATIOS)),
-        QUICK_LENGTHS[-1] if quick else RATIO_LENGTH,
-        questions or (QUICK_QUESTIONS if quick else QUESTIONS),
+        QUICK_DTYPES if quick else BANK_DTYPES,
+        QUICK_LENGTHS[-1] if quick else SETTING_LENGTH,
+        asked,
+        min(asked, PEER_QUESTIONS),
+        LONGEST_FULL_CONTEXT,
         seed,
         tuple(frozen or ()),
         tuple(trained or ()),
         field,
+        CURVES if CURVES.is_file() else None,
     )
-    request = tasks.Request(tuple(books or ()), plan.questions, seed)
     names = tasks.generated_task(task)
     load = lru_cache(maxsize=1)(lambda at: load_model(model, at))
     tokenizer = load(None).tokenizer
+
+    def make_cells(lengths: Sequence[int], count: int) -> list[tasks.TaskCell]:
+        request = tasks.Request(tuple(books or ()), count, seed)
+        return tasks.task_cells(names, lengths, request, tokenizer)
+
     shared = {
         "model": harness.fingerprint(model),
         "files": {book.name: digest_of(book) for book in books or ()},
@@ -90,7 +105,7 @@ def reproduce(
     with ProgressDisplay("Reproducing", "questions") as display:
         run(
             plan,
-            lambda lengths: tasks.task_cells(names, lengths, request, tokenizer),
+            make_cells,
             load,
             out,
             shared,

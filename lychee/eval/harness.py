@@ -151,12 +151,12 @@ def answer_text(
         raise InputError(f"{place}: context: expected text, got nothing")
     questions = [sample.question for sample in samples]
     with PeakMemory(model.decoder.device) as peak:
-        started = time.perf_counter()
+        started, used = time.perf_counter(), time.process_time()
         try:
             answers = method.answer(samples[0].context, questions)
         except LycheeError as error:
             raise InputError(f"{place}: {head['method']}: {error}") from error
-        seconds = time.perf_counter() - started
+        seconds, used = time.perf_counter() - started, time.process_time() - used
     build = method.build_seconds
     records = []
     for sample, answer in zip(samples, answers, strict=True):
@@ -180,6 +180,7 @@ def answer_text(
                 **support_read(sample, answer),
                 "build_seconds": round(build, 4),
                 "ask_seconds": round(seconds - build, 4),
+                "processor_seconds": round(used, 4),
                 "peak_bytes": peak.bytes,
             }
         )

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import importlib.util
 import time
@@ -13,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
+from lychee.allocator import return_freed_memory
 from lychee.errors import InputError
 from lychee.memory_model import LycheeMemory
 from lychee.reading import ReadingOptions
@@ -116,12 +116,6 @@ class PeakMemory:
         cuda = self.device.type == "cuda"
         peak = torch.cuda.max_memory_allocated(self.device) if cuda else resident_bytes("VmHWM")
         self.bytes = max(0, peak - self.before)
-
-
-def return_freed_memory() -> None:
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)
 
 
 def reset_peak() -> bool:

@@ -14,6 +14,7 @@ from lychee.eval.methods import OURS
 from lychee.eval.report import Cell
 
 # What tells the lines of a plot by length apart.
+NO_GATE = "no gate"
 LINE = ("method", "ratio", "bank_dtype", "gate")
 
 Points = list[tuple[float, float]]
@@ -66,7 +67,7 @@ def describe(name: str, value: Any) -> str:
     if value is None or value == "auto":
         return ""
     if name == "gate":
-        return "no gate" if value == "off" else f"gate {value}"
+        return NO_GATE if value == "off" else f"gate {value}"
     return f"ratio {value}" if name == "ratio" else str(value)
 
 
@@ -109,10 +110,24 @@ def places_of(lines: dict[str, Points]) -> list[float]:
 
 
 def use_log_scale(axes) -> None:
-    """Logarithmic y with plain numbers."""
+    """Logarithmic y with plain numbers, few enough not to overlap."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def style(index: int, name: str) -> dict[str, Any]:
+    """Of a line, so that one which lies over another leaves it to be seen."""
+    line = ":" if name.endswith(NO_GATE) else "-"
+    return {"marker": "osD^v"[index % 5], "fillstyle": "none", "linestyle": line, "label": name}
+
+
+def show_legend(axes, title: str | None = None) -> None:
+    """Beside the plot, where it hides no line."""
+    axes.legend(title=title, loc="upper left", bbox_to_anchor=(1.02, 1.0))
 
 
 def accuracy_by_length(pyplot: ModuleType, cells: Sequence[Cell]):
@@ -122,15 +137,15 @@ def accuracy_by_length(pyplot: ModuleType, cells: Sequence[Cell]):
         return None
     figure, axes = start(pyplot, "tokens of text", cells[0]["metric"], places_of(lines))
     intervals = {(cell["tokens"], cell["score"]): cell["interval_95"] for cell in cells}
-    for name, points in lines.items():
+    for index, (name, points) in enumerate(lines.items()):
         x, y = zip(*points, strict=True)
         below = [score - intervals[point][0] for point, score in zip(points, y, strict=True)]
         above = [intervals[point][1] - score for point, score in zip(points, y, strict=True)]
         # A score of 0 or 1 lies on the edge of its interval, up to rounding.
         errors = [[max(0.0, error) for error in side] for side in (below, above)]
-        axes.errorbar(x, y, yerr=errors, marker="o", capsize=3, label=name)
+        axes.errorbar(x, y, yerr=errors, capsize=3 + 2 * index, **style(index, name))
     axes.set_ylim(-0.02, 1.02)
-    axes.legend()
+    show_legend(axes)
     return figure
 
 
@@ -143,15 +158,16 @@ def cost_by_length(field: str, label: str, scale: float) -> Callable:
             return None
         figure, axes = start(pyplot, "tokens of text", label, places_of(lines))
         use_log_scale(axes)
-        ours = [points for name, points in lines.items() if name.startswith(OURS)]
-        for name, points in lines.items():
-            axes.plot(*zip(*((x, y * scale) for x, y in points), strict=True), "o-", label=name)
+        ours = [p for n, p in lines.items() if n.startswith(OURS) and not n.endswith(NO_GATE)]
+        for index, (name, points) in enumerate(lines.items()):
+            scaled = [(x, y * scale) for x, y in points]
+            axes.plot(*zip(*scaled, strict=True), **style(index, name))
             if name.startswith(OURS) or len(ours) != 1:
                 continue
             if (place := crossover(ours[0], points)) is not None:
                 text = f"below {name} from {place:,.0f} tokens"
                 axes.axvline(place, linestyle="--", color="grey", label=text)
-        axes.legend()
+        show_legend(axes)
         return figure
 
     return draw
@@ -168,10 +184,10 @@ def score_by(field: str, label: str) -> Callable:
             return None
         places = places_of(lines) if field == "ratio" else None
         figure, axes = start(pyplot, label, cells[0]["metric"], places)
-        for name, points in lines.items():
-            axes.plot(*zip(*points, strict=True), "o-", label=name)
+        for index, (name, points) in enumerate(lines.items()):
+            axes.plot(*zip(*points, strict=True), **style(index, name))
         axes.set_ylim(-0.02, 1.02)
-        axes.legend(title="tokens of text")
+        show_legend(axes, "tokens of text")
         return figure
 
     return draw
@@ -185,21 +201,23 @@ def chunks_by_length(pyplot: ModuleType, cells: Sequence[Cell]):
         return None
     figure, axes = start(pyplot, "tokens of text", "chunks", places_of(lines))
     use_log_scale(axes)
-    for name, points in lines.items():
-        axes.plot(*zip(*points, strict=True), "o-", label=f"read by {name}")
+    for index, (name, points) in enumerate(lines.items()):
+        axes.plot(*zip(*points, strict=True), **style(index, f"read by {name}"))
     every = sorted({cell["tokens"]: cell["chunks"] for cell in ours}.items())
     axes.plot(*zip(*every, strict=True), "--", color="grey", label="in the bank")
-    axes.legend()
+    show_legend(axes)
     return figure
 
 
-def draw_curves(curves: dict[str, Points], x: str, y: str, path: Path) -> None:
-    """Lines by name into one file, for instance rewards by training step."""
+def draw_curves(curves: dict[str, list[Points]], x: str, y: str, path: Path) -> None:
+    """Each kind's runs in one colour, for instance rewards by training step, into one file."""
     pyplot = load_matplotlib()
     figure, axes = start(pyplot, x, y)
-    for name, points in curves.items():
-        axes.plot(*zip(*points, strict=True), label=name)
-    axes.legend()
+    for index, (name, runs) in enumerate(curves.items()):
+        for number, points in enumerate(runs):
+            label = f"{name}, {len(runs)} runs" if not number else None
+            axes.plot(*zip(*points, strict=True), color=f"C{index}", alpha=0.7, label=label)
+    show_legend(axes)
     figure.savefig(path, dpi=150, bbox_inches="tight")
     pyplot.close(figure)
 

@@ -39,7 +39,8 @@ def summarise(records: Sequence[Record], breakdown: dict[str, dict[str, Any]]) -
     """One cell of results, from all its records; each one's first metric is its score.
 
     Seconds are means: `build_seconds` per text, `ask_seconds` per question about a bank at hand,
-    `answer_seconds` per question from nothing, were it the only one about its text.
+    `answer_seconds` per question from nothing, were it the only one about its text;
+    `processor_seconds` per text with all its questions, of all threads.
     """
     metrics = [next(iter(record["scores"])) for record in records]
     scores = [record["scores"][name] for name, record in zip(metrics, records, strict=True)]
@@ -71,6 +72,7 @@ def summarise(records: Sequence[Record], breakdown: dict[str, dict[str, Any]]) -
         "build_seconds": build,
         "ask_seconds": ask,
         "answer_seconds": build + ask,
+        "processor_seconds": fmean(record.get("processor_seconds", 0.0) for record in firsts),
         "chunks": fmean(record["chunks"] for record in records),
         "chunks_read": fmean(record["chunks_read"] for record in records),
         **support_of(records),

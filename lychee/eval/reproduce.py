@@ -1,36 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The paper's figures at a small scale: what is run, and its place beside the paper's numbers."""
+"""The paper's figures at a small scale: what is run, drawn and reported."""
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from lychee.errors import InputError
 from lychee.eval import plots
+from lychee.eval.comparison import compare, share_of_processors
 from lychee.eval.harness import Load, Progress, Setting, run
 from lychee.eval.methods import OURS, known_methods
 from lychee.eval.records import CellKey, RecordFile, cell_key, replace_file
 from lychee.eval.report import Cell, Table, machine
 from lychee.eval.tasks import TaskCell
+from lychee.memory_model import LycheeMemory
 
-# Share of a training run, at its end, whose mean counts as its result.
-LAST_SHARE = 0.1
-PAPER = {
-    "model": "Qwen2.5-7B",
-    "lengths": "7K to 1.75M tokens",
-    "speed": "up to 6x faster than MemAgent",
-    "memory": "up to 2x less peak GPU memory than MemAgent",
-    "ratio": "best ratio 4: matches 2, far better than 16",
-    "notes": "best working memory 1,024 tokens",
-    "samples": "latency of 128 samples",
-    "compressor": "frozen: converges sooner and lower; end to end: noisier, ends higher",
-    "crossover": "-",
-}
+FULL_CONTEXT = "full_context"
+# Of a question, its answer and what stands around them, beside the longest text.
+SPARE_POSITIONS = 16384
+# Share of the processors below which times are those of a busy machine.
+BUSY = 0.8
+# Kinds of runs in benchmarks/results/rl-curves.json.
+KINDS = {"frozen": "frozen", "end-to-end": "trained"}
+
+# Cells of lengths, each with so many questions.
+MakeCells = Callable[[Sequence[int], int], list[TaskCell]]
+Run = tuple[Setting, TaskCell]
 
 
 @dataclass(frozen=True)
@@ -39,25 +39,33 @@ class Plan:
 
     Attributes:
         lengths: tokens, for accuracy, latency and memory of all methods.
-        ratios: for accuracy at `ratio_length`.
+        ratios, bank_dtypes: for accuracy at `setting_length`.
+        questions: at each length; other methods are asked `peer_questions`.
+        longest_full_context: tokens beyond which full context is not run.
         frozen, trained: metric files of training runs (JSON lines with `step` and `field`), one
             per seed, with the compressor frozen and trained.
+        curves: file of both kinds of runs, as benchmarks/reinforcement.py writes it; where neither
+            `frozen` nor `trained` are given.
     """
 
     task: str
     lengths: tuple[int, ...]
     ratios: tuple[int, ...]
-    ratio_length: int
+    bank_dtypes: tuple[str, ...]
+    setting_length: int
     questions: int
+    peer_questions: int
+    longest_full_context: int
     seed: int = 0
     frozen: tuple[Path, ...] = ()
     trained: tuple[Path, ...] = ()
     field: str = "reward"
+    curves: Path | None = None
 
 
 def reproduce(
     plan: Plan,
-    make_cells: Callable[[Sequence[int]], list[TaskCell]],
+    make_cells: MakeCells,
     load: Load,
     out: Path,
     shared: dict[str, Any],
@@ -67,63 +75,93 @@ def reproduce(
 ) -> dict[str, Any]:
     """Run what has no record in `out` yet, and write reproduce.json, report.md and plots there.
 
-    A length that a method refuses, being beyond its model, is reported with the method's reason.
+    Short texts come first. The report is written after every cell, so that it is there, of what is
+    finished, when a run is interrupted; the plots are drawn then as well.
     """
     if draw:
         plots.load_matplotlib()
-    curves = {
-        name: [read_curve(path, plan.field) for path in paths]
-        for name, paths in (("frozen", plan.frozen), ("trained", plan.trained))
-    }
+    curves, label = read_curves(plan)
     records = RecordFile(out, shared)
-    gated = load(None).gate is not None
-    found: dict[CellKey, Cell] = {}
-    refused = []
-    runs = list(runs_of(plan, make_cells, gated))
-    for index, (setting, cell) in enumerate(runs):
-
-        def report_progress(done: int, questions: int, index: int = index) -> None:
-            progress(index * questions + done, len(runs) * questions)
-
-        try:
-            for result in run([cell], [setting], load, records, progress=report_progress):
-                found[cell_key(result)] = result
-        except InputError as error:
-            if setting.method == OURS:
-                raise
-            refused.append({"method": setting.method, "length": cell.length, "why": str(error)})
     model = load(None)
+    runs = runs_of(plan, make_cells, model.gate is not None)
+    peer = with_positions(model, max(plan.lengths) + SPARE_POSITIONS)
     report = {
         "settings": shared | json.loads(json.dumps(asdict(plan), default=str)),
         "machine": machine(),
         "parameters": sum(weight.numel() for weight in model.decoder.parameters()),
+        "positions": model.decoder.config.max_position_embeddings,
         "notes": model.memory.size,
         "own_ratio": model.memory.ratio,
-        "cells": list(found.values()),
-        "refused": refused,
         "curves": curves,
+        "curves_of": label,
     }
-    report["comparison"] = compare(report, plan)
-    replace_file(out / "reproduce.json", json.dumps(report, indent=1) + "\n")
-    drawn = draw_figures(report, plan, out) if draw else []
-    replace_file(out / "report.md", write_report(report, plan, drawn))
+    found: dict[CellKey, Cell] = {}
+    total, done = sum(cell.questions for _, cell in runs), 0
+    try:
+        for setting, cell in runs:
+
+            def report_progress(asked: int, _: int, before: int = done) -> None:
+                progress(before + asked, total)
+
+            chosen = load if setting.method == OURS else lambda _: peer
+            for result in run([cell], [setting], chosen, records, progress=report_progress):
+                found[cell_key(result)] = result
+            done += cell.questions
+            write(report, plan, found, f"{done:,} of {total:,}", [], out)
+    finally:
+        drawn = draw_figures(report, plan, out) if draw and found else []
+        if found:
+            write(report, plan, found, f"{done:,} of {total:,}", drawn, out)
     return report
 
 
-def runs_of(
-    plan: Plan, make_cells: Callable[[Sequence[int]], list[TaskCell]], gated: bool
-) -> Iterator[tuple[Setting, TaskCell]]:
-    """Every method at every length, ours without its gate as well, then ours at the ratios."""
-    by_length = make_cells(sorted(plan.lengths))
-    settings = [Setting(method) for method in known_methods()]
-    if gated:
-        settings.append(Setting(OURS, gate="off"))
-    for setting in settings:
-        for cell in by_length:
-            yield setting, cell
-    (at_ratios,) = make_cells([plan.ratio_length])
-    for ratio in plan.ratios:
-        yield Setting(OURS, ratio), at_ratios
+def runs_of(plan: Plan, make_cells: MakeCells, gated: bool) -> list[Run]:
+    """Every method at every length, then ours by ratio and bank dtype, the shortest texts first.
+
+    With a gate, ours is run without it as well.
+    """
+    lengths = sorted({*plan.lengths, plan.setting_length})
+    ours = {cell.length: cell for cell in make_cells(lengths, plan.questions)}
+    others = make_cells(sorted(plan.lengths), plan.peer_questions)
+    gates = ["auto", "off"] if gated else ["auto"]
+    runs = [(Setting(gate=gate), ours[n]) for n in plan.lengths for gate in gates]
+    for name in known_methods():
+        for cell in others:
+            if name != OURS and (name != FULL_CONTEXT or cell.length <= plan.longest_full_context):
+                runs.append((Setting(name), cell))
+    settings = [Setting(ratio=ratio, gate=gate) for ratio in plan.ratios for gate in gates]
+    settings += [Setting(bank_dtype=dtype) for dtype in plan.bank_dtypes]
+    runs += [(setting, ours[plan.setting_length]) for setting in settings]
+    return sorted(runs, key=lambda pair: pair[1].length)
+
+
+def with_positions(model: LycheeMemory, positions: int) -> LycheeMemory:
+    """The same weights, allowed longer prompts: time and memory do not ask what was trained."""
+    decoder = copy.copy(model.decoder)
+    if decoder.config.max_position_embeddings < positions:
+        decoder.config = replace(decoder.config, max_position_embeddings=positions)
+    return LycheeMemory(decoder, model.tokenizer, model.raw_config, model.memory)
+
+
+def read_curves(plan: Plan) -> tuple[dict[str, list[plots.Points]], str]:
+    """Curves of training with the compressor frozen and trained, and what they show."""
+    if plan.frozen or plan.trained or plan.curves is None:
+        given = {"frozen": plan.frozen, "trained": plan.trained}
+        return {n: [read_curve(p, plan.field) for p in paths] for n, paths in given.items()}, (
+            plan.field
+        )
+    curves: dict[str, list[plots.Points]] = {name: [] for name in KINDS.values()}
+    try:
+        for found in json.loads(plan.curves.read_text(encoding="utf-8"))["runs"]:
+            if found["kind"] in KINDS:
+                points = [(line["step"], line["accuracy"]) for line in found["evaluations"]]
+                curves[KINDS[found["kind"]]].append(points)
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{plan.curves}: expected runs with evaluations, as benchmarks/reinforcement.py writes "
+            f"them, got: {error!r}"
+        ) from error
+    return curves, "accuracy on held-out texts"
 
 
 def read_curve(path: Path, field: str) -> plots.Points:
@@ -143,124 +181,49 @@ def read_curve(path: Path, field: str) -> plots.Points:
     return points
 
 
-def by_method(cells: Sequence[Cell], plan: Plan, method: str, ratio: int | None) -> dict[int, Cell]:
-    """Cells of a method by length; ours at one ratio."""
-    wanted = ratio if method == OURS else None
-    return {
-        cell["length"]: cell
-        for cell in cells
-        if cell["method"] == method
-        and cell["ratio"] == wanted
-        and cell["gate"] != "off"
-        and cell["length"] in plan.lengths
-    }
-
-
-def factors(ours: dict[int, Cell], other: dict[int, Cell], field: str) -> dict[int, float]:
-    """By length, how many times more than ours another method takes."""
-    return {
-        length: other[length][field] / ours[length][field]
-        for length in sorted(ours.keys() & other.keys())
-        if ours[length][field] and other[length][field]
-    }
-
-
-def compare(report: dict[str, Any], plan: Plan) -> list[dict[str, str]]:
-    """The paper's statements with what came out here: rows of what, paper, here."""
-    own = report["own_ratio"]
-    ours = by_method(report["cells"], plan, OURS, own)
-    agent = by_method(report["cells"], plan, "memagent", own)
-    full = by_method(report["cells"], plan, "full_context", own)
-    here = {
-        "model": f"{report['parameters'] / 1e6:.1f}M parameters",
-        "lengths": ", ".join(f"{n:,}: {percent(cell)}" for n, cell in sorted(ours.items())),
-        "speed": f"from nothing {best(factors(ours, agent, 'answer_seconds'))}; with the bank at "
-        f"hand {best(factors(ours, agent, 'ask_seconds'))}",
-        "memory": best(factors(ours, agent, "peak_bytes")),
-        "ratio": ", ".join(
-            f"{cell['ratio']}: {percent(cell)}"
-            for cell in report["cells"]
-            if cell["length"] == plan.ratio_length
-            and cell["ratio"] in plan.ratios
-            and cell["gate"] == "auto"
-        )
-        or "not run",
-        "notes": f"notes of at most {report['notes']} tokens; not varied",
-        "samples": f"latency of {plan.questions} questions at each length",
-        "compressor": compare_curves(report["curves"]),
-        "crossover": f"faster than full context {since(ours, full, 'answer_seconds')}, smaller "
-        f"{since(ours, full, 'peak_bytes')}",
-    }
-    return [{"what": name, "paper": PAPER[name], "here": here[name]} for name in PAPER]
-
-
-def percent(cell: Cell) -> str:
-    low, high = cell["interval_95"]
-    return f"{100 * cell['score']:.0f}% ({100 * low:.0f} to {100 * high:.0f})"
-
-
-def best(found: dict[int, float]) -> str:
-    """The largest factor with its length, and the one at the longest text."""
-    if not found:
-        return "not run"
-    length, last = max(found, key=found.__getitem__), max(found)
-    text = f"{found[length]:.2f}x at {length:,} tokens"
-    return text if last == length else f"{text}, {found[last]:.2f}x at {last:,}"
-
-
-def since(ours: dict[int, Cell], other: dict[int, Cell], field: str) -> str:
-    """From which length on ours takes less, among the lengths that both were run at."""
-    found = factors(ours, other, field)
-    if not found:
-        return "not run"
-    if min(found.values()) > 1:
-        return f"from {min(found):,} tokens on, the shortest run"
-    shared = [[(n, float(cells[n][field])) for n in found] for cells in (ours, other)]
-    place = plots.crossover(*shared)
-    return (
-        f"up to {max(found):,} tokens nowhere" if place is None else f"from {place:,.0f} tokens on"
-    )
-
-
-def compare_curves(curves: dict[str, list[plots.Points]]) -> str:
-    """The mean over runs of each one's last values, frozen and trained."""
-    ends = {}
-    for name, runs in curves.items():
-        tails = [points[-max(1, int(len(points) * LAST_SHARE)) :] for points in runs]
-        if tails:
-            ends[name] = [fmean(value for _, value in tail) for tail in tails]
-    if not ends:
-        return "no training runs given"
-    return "; ".join(
-        f"{name}: ends at {fmean(values):.3f} ({len(values)} runs)" for name, values in ends.items()
-    )
-
-
 def draw_figures(report: dict[str, Any], plan: Plan, out: Path) -> list[Path]:
-    """Accuracy, times and memory by length, accuracy by ratio, and reward curves if there are."""
-    at_ratios = [
+    """Everything by length, accuracy by ratio and bank dtype, and training curves if there are."""
+    cells, own = report["cells"], report["own_ratio"]
+    by_length = [
         cell
-        for cell in report["cells"]
-        if cell["length"] == plan.ratio_length and cell["gate"] == "auto"
+        for cell in cells
+        if cell["ratio"] in (None, own)
+        and cell["bank_dtype"] in (None, "auto")
+        and cell["length"] in plan.lengths
     ]
-    by_length = [c for c in report["cells"] if c["ratio"] in (None, report["own_ratio"])]
+    here = [c for c in cells if c["method"] == OURS and c["length"] == plan.setting_length]
+    ratios = [c for c in here if c["bank_dtype"] == "auto" and c["ratio"] in plan.ratios]
+    banks = [c for c in here if c["bank_dtype"] in plan.bank_dtypes]
     drawn = plots.draw_all(by_length, out)
-    drawn += plots.draw_all(at_ratios, out, ["accuracy_by_ratio"])
-    named = {
-        f"{name}, run {index + 1}": points
-        for name, runs in report["curves"].items()
-        for index, points in enumerate(runs)
-    }
-    if named:
-        drawn.append(out / "reward.png")
-        plots.draw_curves(named, "step", plan.field, drawn[-1])
+    drawn += plots.draw_all(ratios, out, ["accuracy_by_ratio"])
+    drawn += plots.draw_all(banks, out, ["accuracy_by_bank"])
+    if any(report["curves"].values()):
+        drawn.append(out / "training.png")
+        plots.draw_curves(report["curves"], "step", report["curves_of"], drawn[-1])
     return drawn
+
+
+def write(
+    report: dict[str, Any],
+    plan: Plan,
+    found: dict[CellKey, Cell],
+    asked: str,
+    drawn: Sequence[Path],
+    out: Path,
+) -> None:
+    """reproduce.json and report.md of the cells found so far."""
+    report["cells"], report["asked"] = list(found.values()), asked
+    report["comparison"] = compare(report, plan)
+    replace_file(out / "reproduce.json", json.dumps(report, indent=1) + "\n")
+    replace_file(out / "report.md", write_report(report, plan, drawn))
 
 
 def write_report(report: dict[str, Any], plan: Plan, drawn: Sequence[Path]) -> str:
     """Markdown: the comparison, what differs from the paper, all cells, and the plots."""
-    table = Table(["method", "gate"], [], ["score"])
+    share = share_of_processors(report["cells"], report["machine"]["threads"])
+    table = Table(["method", "bank_dtype", "gate"], [], ["score"])
     baselines = ", ".join(name for name in known_methods() if name != OURS) or "no other method"
+    books = ", ".join(report["settings"]["files"]) or "the novel that comes with the project"
     lines = [
         "# The paper's figures at a small scale",
         "",
@@ -268,18 +231,24 @@ def write_report(report: dict[str, Any], plan: Plan, drawn: Sequence[Path]) -> s
         *(f"| {row['what']} | {row['paper']} | {row['here']} |" for row in report["comparison"]),
         "",
         f"What differs: the model ({report['parameters'] / 1e6:.1f}M parameters, not 7B), the data "
-        f"(generated questions of the task {plan.task} instead of RULER-HQA), the hardware "
-        f"({report['machine']['device']}, {report['machine']['threads']} threads, torch "
-        f"{report['machine']['torch']}), and the lengths. Compared with ours: {baselines}, on the "
-        "same weights; these were trained to read compressed memory and not raw text, so the "
-        "accuracy of other methods says nothing about them, only their time and memory do. "
+        f"(generated questions of the task {plan.task} in {books}, instead of RULER-HQA), the "
+        f"hardware ({report['machine']['device']}, {report['machine']['threads']} threads, torch "
+        f"{report['machine']['torch']}, commit {report['machine']['commit']}), and the lengths.",
+        "",
+        f"Compared with ours: {baselines}, on the same weights. These were trained to read "
+        "compressed memory and not raw text, and other methods may use positions beyond the "
+        f"{report['positions']:,} of the model: their accuracy says nothing about them, only their "
+        f"time and memory do. Full context is run up to {plan.longest_full_context:,} tokens. "
         "Questions about one text are asked together, and share its time. Peak memory is what was "
         "in use above what was before.",
         "",
+        f"The processors were this run's for {share:.0%} of its time"
+        f"{'; other processes had the rest, and the seconds tell little' if share < BUSY else ''}.",
+        "",
+        f"Asked so far: {report['asked']} questions. The same call goes on where one was stopped.",
+        "",
         table.header,
         *map(table.row, report["cells"]),
-        "",
-        *(f"{r['method']} at {r['length']:,} tokens: {r['why']}" for r in report["refused"]),
         "",
         *(f"![{path.stem}]({path.name})" for path in drawn),
     ]

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from lychee import cli
+from lychee.eval import methods
 
 SMALL = ("--length", 256, "--questions", 5)
 
@@ -125,28 +126,65 @@ def test_reproduction_at_its_smallest(run, model_folder, book_file, tmp_path):
     ran = {(cell["method"], cell["length"], cell["ratio"]) for cell in report["cells"]}
     ours = {("ours", length, 4) for length in (512, 1024)} | {("ours", 1024, 16)}
     others = {(name, n, None) for name in ("memagent", "full_context") for n in (512, 1024)}
-    assert ran == ours | others and report["refused"] == []
+    assert ran == ours | others
     here = {row["what"]: row["here"] for row in report["comparison"]}
-    assert here["compressor"] == "trained: ends at 0.925 (1 runs)"
+    assert here["compressor"] == "reward: trained ends at 0.925 (1 runs)"
     # Which length is best differs from run to run; both were measured.
     assert re.fullmatch(
         r"from nothing [\d.]+x at [\d,]+ tokens.*; with the bank at hand [\d.]+x at .*",
         here["speed"],
     )
-    assert here["ratio"].count("%") == 2
+    assert here["ratio"].count("%") == 2 and here["bank dtype"].count("%") == 1
     markdown = (out / "report.md").read_text()
     assert done.out == markdown and "| speed | up to 6x faster than MemAgent |" in markdown
     assert run(*call).out == markdown
 
 
-def test_methods_that_refuse_a_length_are_reported(run, model_folder, book_file, tmp_path):
+def test_other_methods_are_run_beyond_the_positions_of_the_model(
+    run, model_folder, book_file, tmp_path
+):
+    """Their time and memory do not depend on what was trained."""
     folder = tmp_path / "model"
     folder.mkdir()
     for file in model_folder.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 700}))
-    call = ("bench", "reproduce", book_file, "--quick", "--task", "needles", "--no-plots")
-    done = run(*call, "--ratio", 4, "--out", tmp_path / "out", "--model", folder)
+    call = ("bench", "reproduce", book_file, "--quick", "--no-plots", "--ratio", 4)
+    done = run(*call, "--out", tmp_path / "out", "--model", folder)
     assert done.returncode == 0, done.err
-    assert "full_context at 1,024 tokens: needles, 1024 tokens, text 1: full_context: " in done.out
+    assert re.search(r"\| full_context \|.* 1,024 \|", done.out)
+    assert "use positions beyond the 700 of the model" in done.out
+
+
+def test_an_interrupted_reproduction_reports_what_is_finished(
+    run, model_folder, book_file, tmp_path, monkeypatch
+):
+    """Ctrl-C at the third text: whole cells are in the report, and no text is asked again."""
+    asked = []
+    answer = methods.Ours.answer
+
+    def stopping(self, context, questions):
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        asked.append(context)
+        return answer(self, context, questions)
+
+    call = ("bench", "reproduce", book_file, "--quick", "--no-plots", "--out", tmp_path / "out")
+    call += ("--model", model_folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(methods.Ours, "answer", stopping)
+        assert run(*call).returncode == 130
+    report = json.loads((tmp_path / "out" / "reproduce.json").read_text())
+    assert [cell["length"] for cell in report["cells"]] == [512] * 3 and len(asked) == 3
+    first = (tmp_path / "out" / "records.jsonl").read_text()
+    done = run(*call)
+    assert done.returncode == 0, done.err
+    assert (tmp_path / "out" / "records.jsonl").read_text().startswith(first)
+
+
+def test_a_text_longer_than_every_book_is_refused_at_once(run, model_folder, book_file, tmp_path):
+    call = ("bench", "reproduce", book_file, "--full", "--no-plots", "--out", tmp_path / "out")
+    done = run(*call, "--model", model_folder)
+    assert done.returncode == 2 and "books: expected one of more than 4,096 tokens" in done.err
+    assert not (tmp_path / "out" / "records.jsonl").exists()

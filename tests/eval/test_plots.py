@@ -70,7 +70,7 @@ def test_results_give_the_plots_they_can(tmp_path):
     settings += [make_cell("ours", 1024, 1.0, bank_dtype="int8", score=1.0)]
     names = {path.name for path in plots.draw_all(settings, tmp_path)}
     assert names == {"accuracy_by_ratio-vt.png", "accuracy_by_bank-vt.png"}
-    plots.draw_curves({"frozen": [(0, 0.1), (1, 0.2)]}, "step", "reward", tmp_path / "reward.png")
+    plots.draw_curves({"frozen": [[(0, 0.1), (1, 0.2)]]}, "step", "reward", tmp_path / "reward.png")
     assert (tmp_path / "reward.png").stat().st_size > 5000
 
 
