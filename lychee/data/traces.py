@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Working-memory traces: reading turns about needles and about chains of facts in invented worlds.
 
-The working memory after any chunk is known exactly: the entities of the chain found so far, and
-"none" where the next one is missing. Every chunk is asked about many states at once.
+The working memory after any chunk is known exactly: the chain's relations and the entities found so
+far, "none" for the others. Every chunk is asked about many states at once.
 """
 
 from __future__ import annotations
@@ -94,9 +94,9 @@ class TraceSampler(RecallSampler):
         told = []
         # The last question is about nothing that the chunk tells, but for its distractors.
         for question in asked[:-1]:
-            told += [fact for fact in question.facts if draw.random() < 0.6]
+            told += [fact for fact in question.facts if draw.random() < 0.5]
         while len(told) < room:
-            if draw.random() < 0.6:
+            if draw.random() < 0.75:
                 told.append(world.distractor(draw.choice(asked)))
             else:
                 told.append(self.maker.make())
@@ -165,18 +165,19 @@ class TraceSampler(RecallSampler):
         return tuple(usable)
 
     def world_notes(self, question: WorldQuestion, known: tuple[bool, ...]) -> list[int]:
-        """Notes as token ids: the entities found, "none" for what is missing."""
-        facts = question.facts
-        if question.kind == "comparison":
-            ids = []
-            for fact, noted in zip(facts, known, strict=True):
-                ids += self.encode_notes(fact.subject, fact.object if noted else None)
-            return ids
-        ids = self.tokenizer.encode(" " + facts[0].subject)
-        for fact, noted in zip(facts, known, strict=True):
-            ids += self.encode_value(fact.object if noted else None)
-            if not noted:
-                break
+        """Notes as token ids: subject, relation and object of every fact, "none" where missing.
+
+        In a chain an object is the next fact's subject. The relation stands beside its subject, so
+        that a value is looked up where both are at hand.
+        """
+        encode, ids = self.tokenizer.encode, []
+        for index, (fact, noted) in enumerate(zip(question.facts, known, strict=True)):
+            if question.kind == "comparison" or index == 0:
+                ids += encode(" " + fact.subject)
+            ids += [
+                *encode(" " + fact.relation),
+                *self.encode_value(fact.object if noted else None),
+            ]
         return ids
 
     def world_final(self, world: World, question: WorldQuestion) -> Turn:
