@@ -72,8 +72,16 @@ def test_texts_have_the_length_asked_for(needle_texts):
     assert abs(len(needle_texts.tokenizer.encode(made)) - 600) <= 6
     for needle, place in hidden:
         assert made[place:].startswith(needle.statement)
-    with pytest.raises(InputError, match="books: expected one of more than"):
-        needle_texts.make_text(100_000, 3, maker, random.Random(0))
+    with pytest.raises(InputError, match="length: expected more than [0-9]+ tokens, got 20"):
+        needle_texts.make_text(20, 3, maker, random.Random(0))
+
+
+def test_a_text_longer_than_the_books_repeats_them(needle_texts):
+    maker = NeedleMaker([f"w{index}" for index in range(20)])
+    (book,) = [text for text, _ in needle_texts.books]
+    made, _ = needle_texts.make_text(100_000, 3, maker, random.Random(0))
+    assert abs(len(needle_texts.tokenizer.encode(made)) - 100_000) <= 6
+    assert len(made) > 2 * len(book) and made.count(book[:200]) > 1
 
 
 def test_cells_count_what_was_asked(cells, tiny_model):
