@@ -121,7 +121,7 @@ def test_world_turns_advance_by_what_the_chunk_tells(sampler):
         told += [invented.distractor(asked[1]) for _ in range(2)]
         ids, kept = sampler.chunk(700, told)
         text = sampler.tokenizer.decode(ids)
-        chains = [Chain(q, tuple(fact in kept for fact in q.facts)) for q in asked]
+        chains = [Chain.of(q, kept) for q in asked]
         for _ in range(8):
             turn = sampler.world_turn(invented, chains, TraceMixture())
             notes, question, target = parts(sampler, turn)
