@@ -97,6 +97,13 @@ class LycheeMemory:
         model.trained = trained
         return model
 
+    def limited(self, **limits: int) -> LycheeMemory:
+        """The same weights with other limits: `size` of the notes, `answer`, in tokens."""
+        memory = replace(self.memory, **limits)
+        model = LycheeMemory(self.decoder, self.tokenizer, self.raw_config, memory, self.gate)
+        model.trained = self.trained
+        return model
+
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write a folder that `from_pretrained` reads; `dtype` None keeps the current one."""
         folder = Path(folder)

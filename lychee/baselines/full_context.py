@@ -108,7 +108,7 @@ class FullContext:
         prompt = PromptTemplate.from_text(text, encode, ("text", "question"))
         (_, self.before_text), question = prompt.sections
         self.after_text = PromptTemplate([question], prompt.tail)
-        self.build_seconds = 0.0
+        self.build_seconds, self.built = 0.0, True
 
     @torch.inference_mode()
     def read(self, text: Sequence[int]) -> TextCache:

@@ -62,7 +62,7 @@ class MemAgent:
                 f"section: expected 1 to {room} tokens, which leave room for prompt, question and "
                 f"notes in the model's {positions} positions, got {self.section}"
             )
-        self.build_seconds = 0.0
+        self.build_seconds, self.built = 0.0, True
 
     def update(
         self, section: Sequence[int], questions: Sequence[Sequence[int]], notes: list[list[int]]

@@ -77,6 +77,13 @@ def evaluate(
     no_gate: Annotated[
         bool, typer.Option("--no-gate", help="Read every chunk; beside thresholds, as well.")
     ] = False,
+    compare_gate: Annotated[
+        bool, typer.Option("--compare-gate", help="With the gate, and without it as well.")
+    ] = False,
+    notes: Annotated[
+        list[int] | None,
+        typer.Option(min=1, metavar="N", help="Tokens of working memory at most; repeatable."),
+    ] = None,
     passes: Annotated[int | None, typer.Option(min=1, help="Times to go over a bank.")] = None,
     together: Annotated[
         int | None, typer.Option(min=1, help="Chunks that one reading turn takes at most.")
@@ -113,9 +120,10 @@ def evaluate(
     files, difficulty = tuple(files or ()), parse_settings(settings or [])
     request = tasks.Request(files, questions, seed, None if split == WHOLE else split, difficulty)
     load = lru_cache(maxsize=1)(lambda at: load_model(model, at))
-    gates = [str(threshold) for threshold in gate_threshold or ()] + ["off"] * no_gate
+    gates = gates_of(gate_threshold or [], no_gate, compare_gate)
+    dtypes = bank_dtype or ["auto"]
     runs = harness.settings_of(
-        methods, ratio or [None], bank_dtype or ["auto"], gates or ["auto"], passes, together
+        methods, ratio or [None], dtypes, gates, passes, together, notes or [None]
     )
     tokenizer = load(runs[0].ratio).tokenizer
     cells = tasks.task_cells(names, length, request, tokenizer)
@@ -150,6 +158,14 @@ def evaluate(
         drawing.draw_all(found, out)
     if as_json:
         print(json.dumps({"command": command, "settings": shared, "cells": found}))
+
+
+def gates_of(thresholds: list[float], no_gate: bool, compare: bool) -> list[str]:
+    """As `Setting` names them: the model's own where nothing else is asked for."""
+    gates = [str(threshold) for threshold in thresholds]
+    if compare or not no_gate:
+        gates = gates or ["auto"]
+    return gates + ["off"] * (no_gate or compare)
 
 
 def varies(name: str, cells: list, runs: list) -> bool:

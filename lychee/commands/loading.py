@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +59,7 @@ def load_model(
     if not model.trained:
         warning = f"lychee: warning: {folder}: has no trained memory; its answers mean little"
         print(warning, file=sys.stderr, flush=True)
-    if max_new_tokens is None:
-        return model
-    memory = replace(model.memory, answer=max_new_tokens)
-    limited = LycheeMemory(model.decoder, model.tokenizer, model.raw_config, memory, model.gate)
-    limited.trained = model.trained
-    return limited
+    return model if max_new_tokens is None else model.limited(answer=max_new_tokens)
 
 
 def describe(model, folder: Path | None) -> dict[str, Any]:

@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Working-memory traces: reading turns about needles and about chains of facts in invented worlds.
 
-The working memory after any chunk is known exactly: the entities of the chain found so far, and
-"none" where the next one is missing. Every chunk is asked about many states at once.
+The working memory after any chunk is known exactly: the chain's relations and the entities found so
+far, "none" for the others. Every chunk is asked about many states at once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lychee.data.needles import NeedleMaker
 from lychee.data.recall import Mixture, RecallBatch, RecallSampler, Turn, make_batch
 from lychee.data.worlds import Fact, World, WorldQuestion
+
+# Share of a world's turns that prefer a chunk with another relation of what is looked up.
+TEMPTED_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -39,10 +43,22 @@ class TraceMixture(Mixture):
 
 @dataclass(frozen=True)
 class Chain:
-    """A question, and which of its facts the chunk tells."""
+    """A question, which of its facts the chunk tells, and for which ones it tells another relation
+    of the same subject."""
 
     question: WorldQuestion
     told: tuple[bool, ...]
+    tempting: tuple[bool, ...]
+
+    @classmethod
+    def of(cls, question: WorldQuestion, kept: Sequence[Fact]) -> Chain:
+        """`kept`: what the chunk tells of the world."""
+        told = tuple(fact in kept for fact in question.facts)
+        tempting = tuple(
+            any(other.subject == fact.subject and other != fact for other in kept)
+            for fact in question.facts
+        )
+        return cls(question, told, tempting)
 
 
 class TraceSampler(RecallSampler):
@@ -94,16 +110,21 @@ class TraceSampler(RecallSampler):
         told = []
         # The last question is about nothing that the chunk tells, but for its distractors.
         for question in asked[:-1]:
-            told += [fact for fact in question.facts if draw.random() < 0.6]
+            told += [fact for fact in question.facts if draw.random() < 0.5]
         while len(told) < room:
-            if draw.random() < 0.6:
+            kind = draw.random()
+            if kind < 0.4:
+                told.append(world.other_relation(draw.choice(asked)))
+            elif kind < 0.8:
                 told.append(world.distractor(draw.choice(asked)))
             else:
                 told.append(self.maker.make())
         draw.shuffle(told)
         ids, kept = self.chunk(length, told[:room])
-        chains = [Chain(question, tuple(f in kept for f in question.facts)) for question in asked]
         needles = [needle for needle in kept if not isinstance(needle, Fact)]
+        chains = [
+            Chain.of(question, [f for f in kept if isinstance(f, Fact)]) for question in asked
+        ]
         turns = []
         for _ in range(questions):
             if needles and draw.random() < 0.2:
@@ -132,6 +153,10 @@ class TraceSampler(RecallSampler):
         ]
         if not states:
             return self.world_turn(world, chains, mixture)
+        if draw.random() < TEMPTED_SHARE:
+            states = [
+                (chain, known) for chain, known in states if self.tempted(chain, known)
+            ] or states
         chain, known = draw.choice(states)
         question = chain.question
         if question.kind == "bridge":
@@ -164,19 +189,25 @@ class TraceSampler(RecallSampler):
             reached = reached and (told or noted)
         return tuple(usable)
 
+    @staticmethod
+    def tempted(chain: Chain, known: tuple[bool, ...]) -> bool:
+        """Whether the chunk tells another relation of the subject of the next missing fact."""
+        return not all(known) and chain.tempting[known.index(False)]
+
     def world_notes(self, question: WorldQuestion, known: tuple[bool, ...]) -> list[int]:
-        """Notes as token ids: the entities found, "none" for what is missing."""
-        facts = question.facts
-        if question.kind == "comparison":
-            ids = []
-            for fact, noted in zip(facts, known, strict=True):
-                ids += self.encode_notes(fact.subject, fact.object if noted else None)
-            return ids
-        ids = self.tokenizer.encode(" " + facts[0].subject)
-        for fact, noted in zip(facts, known, strict=True):
-            ids += self.encode_value(fact.object if noted else None)
-            if not noted:
-                break
+        """Notes as token ids: subject, relation and object of every fact, "none" where missing.
+
+        In a chain an object is the next fact's subject. The relation stands beside its subject, so
+        that a value is looked up where both are at hand.
+        """
+        encode, ids = self.tokenizer.encode, []
+        for index, (fact, noted) in enumerate(zip(question.facts, known, strict=True)):
+            if question.kind == "comparison" or index == 0:
+                ids += encode(" " + fact.subject)
+            ids += [
+                *encode(" " + fact.relation),
+                *self.encode_value(fact.object if noted else None),
+            ]
         return ids
 
     def world_final(self, world: World, question: WorldQuestion) -> Turn:

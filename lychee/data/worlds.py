@@ -197,6 +197,15 @@ class World:
             path = f"the {fact.relation} of {path}"
         return replace(question, text=self.ask(path))
 
+    def other_relation(self, question: WorldQuestion) -> Fact:
+        """Another relation of a subject of the question's facts."""
+        subject = self.random.choice(question.facts).subject
+        choices = self.free_relations(subject, ("person", "place", "work", "number"))
+        if not choices:
+            return self.distractor(question)
+        relation, end = self.random.choice(choices)
+        return self.fact(subject, relation, self.entity(end))
+
     def distractor(self, question: WorldQuestion) -> Fact:
         """A fact that the question does not need: another relation of one of its entities, or its
         relation for somebody else who may share a name."""

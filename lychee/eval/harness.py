@@ -7,13 +7,13 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
 from lychee.data.task import TaskSample
 from lychee.errors import InputError, LycheeError
-from lychee.eval.methods import OURS, Method, PeakMemory, make_method
+from lychee.eval.methods import OURS, LastBank, Method, PeakMemory, make_method
 from lychee.eval.metrics import score
 from lychee.eval.records import Record, RecordFile, cell_key
 from lychee.eval.report import summarise
@@ -33,7 +33,7 @@ class Setting:
 
     Attributes:
         ratio: None is the model's own.
-        bank_dtype, gate, passes, together: see `Ours`.
+        bank_dtype, gate, passes, together, notes: see `Ours`.
     """
 
     method: str = OURS
@@ -42,17 +42,14 @@ class Setting:
     gate: str = "auto"
     passes: int | None = None
     together: int | None = None
+    notes: int | None = None
 
     def options(self) -> dict[str, Any]:
         """Of the method's class."""
         if self.method != OURS:
             return {}
-        return {
-            "bank_dtype": self.bank_dtype,
-            "gate": self.gate,
-            "passes": self.passes,
-            "together": self.together,
-        }
+        names = ("bank_dtype", "gate", "passes", "together", "notes")
+        return {name: getattr(self, name) for name in names}
 
 
 def settings_of(
@@ -62,14 +59,15 @@ def settings_of(
     gates: Sequence[str] = ("auto",),
     passes: int | None = None,
     together: int | None = None,
+    notes: Sequence[int | None] = (None,),
 ) -> list[Setting]:
-    """Ours at every ratio, dtype of the bank and gate, each other method once."""
+    """Ours at every ratio, dtype of the bank, gate and size of notes, each other method once."""
     found = []
     for method in methods:
         if method == OURS:
             found += [
-                Setting(OURS, ratio, dtype, gate, passes, together)
-                for ratio, dtype, gate in product(ratios, bank_dtypes, gates)
+                Setting(OURS, ratio, dtype, gate, passes, together, size)
+                for ratio, dtype, gate, size in product(ratios, bank_dtypes, gates, notes)
             ]
         else:
             found.append(Setting(method))
@@ -100,6 +98,8 @@ def run(
 ) -> Iterator[dict[str, Any]]:
     """Answer every question that has no record yet; yield each cell's summary as it is complete.
 
+    Settings of ours that follow each other and need the same bank of a text share it.
+
     Args:
         load: gives the model at a ratio.
         metrics: names, of which the first one ranks; each question's own where none is named.
@@ -108,31 +108,37 @@ def run(
     Raises:
         InputError: a record that cannot be asked, by name; what was answered before is kept.
     """
-    models: dict[int | None, LycheeMemory] = {}
     done, total = 0, len(settings) * sum(cell.questions for cell in cells)
-    for setting in settings:
-        if setting.ratio not in models:
-            models = {setting.ratio: load(setting.ratio)}
-        model = models[setting.ratio]
-        method = make_method(setting.method, model, **setting.options())
-        ours = setting.method == OURS
+    for ratio, group in groupby(settings, key=lambda setting: setting.ratio):
+        model, banks, methods = load(ratio), LastBank(), []
+        for setting in group:
+            options = setting.options() | ({"banks": banks} if setting.method == OURS else {})
+            methods.append((setting, make_method(setting.method, model, **options)))
         for cell in cells:
-            head = {
-                "task": cell.task,
-                "source": cell.source,
-                "length": cell.length,
-                "method": setting.method,
-                "ratio": model.memory.ratio if ours else None,
-                "bank_dtype": setting.bank_dtype if ours else None,
-                "gate": setting.gate if ours else None,
-            }
-            key = cell_key(head)
+            heads = [head_of(cell, setting, model) for setting, _ in methods]
             for index, samples in enumerate(cell.texts()):
-                if not records.has(key, index):
-                    progress(done, total)
-                    records.add(answer_text(method, model, head, index, samples, metrics))
-                done += len(samples)
-            yield summarise(records.of(key), cell.breakdown)
+                for head, (_, method) in zip(heads, methods, strict=True):
+                    if not records.has(cell_key(head), index):
+                        progress(done, total)
+                        records.add(answer_text(method, model, head, index, samples, metrics))
+                    done += len(samples)
+            for head in heads:
+                yield summarise(records.of(cell_key(head)), cell.breakdown)
+
+
+def head_of(cell: TaskCell, setting: Setting, model: LycheeMemory) -> Record:
+    """What all records of a cell and a setting have in common."""
+    ours = setting.method == OURS
+    return {
+        "task": cell.task,
+        "source": cell.source,
+        "length": cell.length,
+        "method": setting.method,
+        "ratio": model.memory.ratio if ours else None,
+        "bank_dtype": setting.bank_dtype if ours else None,
+        "gate": setting.gate if ours else None,
+        "notes": setting.notes if ours else None,
+    }
 
 
 def answer_text(
@@ -158,6 +164,7 @@ def answer_text(
             raise InputError(f"{place}: {head['method']}: {error}") from error
         seconds, used = time.perf_counter() - started, time.process_time() - used
     build = method.build_seconds
+    asked = seconds - build if method.built else seconds
     records = []
     for sample, answer in zip(samples, answers, strict=True):
         names = metrics or (sample.metric,)
@@ -179,9 +186,10 @@ def answer_text(
                 "chunks_read": usage.chunks_read,
                 **support_read(sample, answer),
                 "build_seconds": round(build, 4),
-                "ask_seconds": round(seconds - build, 4),
+                "ask_seconds": round(asked, 4),
                 "processor_seconds": round(used, 4),
-                "peak_bytes": peak.bytes,
+                # A bank that was at hand is not in the peak.
+                "peak_bytes": peak.bytes if method.built else None,
             }
         )
     return records

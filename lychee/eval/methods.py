@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from lychee.allocator import return_freed_memory
+from lychee.bank import MemoryBank
 from lychee.errors import InputError
 from lychee.memory_model import LycheeMemory
 from lychee.reading import ReadingOptions
@@ -29,11 +30,35 @@ STATUS, RESET_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class Method(Protocol):
-    """Answers questions about a text; `build_seconds` is the last call's time before questions."""
+    """Answers questions about a text.
+
+    `build_seconds` is the last call's time before questions, `built` whether it spent that time.
+    """
 
     build_seconds: float
+    built: bool
 
     def answer(self, context: str, questions: Sequence[str]) -> list[Answer]: ...
+
+
+class LastBank:
+    """The bank of the last text, with its key and the seconds it took."""
+
+    def __init__(self) -> None:
+        self.key: tuple[str, str] | None = None
+        self.bank: MemoryBank | None = None
+        self.seconds = 0.0
+
+    def of(self, model: LycheeMemory, context: str, dtype: str) -> bool:
+        """Make it the bank of a text at the model's ratio; whether it was not so before."""
+        if self.key == (context, dtype):
+            return False
+        # Two banks of long texts may not fit.
+        self.key = self.bank = None
+        started = time.perf_counter()
+        self.bank = model.remember(context, bank_dtype=dtype)
+        self.key, self.seconds = (context, dtype), time.perf_counter() - started
+        return True
 
 
 class Ours:
@@ -47,21 +72,29 @@ class Ours:
         gate: str = "auto",
         passes: int | None = None,
         together: int | None = None,
+        notes: int | None = None,
+        banks: LastBank | None = None,
     ):
         """`gate`: auto is the model's own, off reads every chunk, a number is the threshold;
-        see `ReadingOptions` for the others."""
+        `notes`: tokens of the working memory at most, else the model's own; `banks`: shared with
+        others of the same model and ratio; see `ReadingOptions` for the others.
+        """
         self.model, self.bank_dtype = model, bank_dtype
+        if notes is not None:
+            self.model = model.limited(size=notes)
         threshold = None if gate in ("auto", "off") else float(gate)
         self.reading = ReadingOptions(gate != "off", threshold, passes, together)
-        self.build_seconds = 0.0
+        self.banks, self.built = banks or LastBank(), True
+
+    @property
+    def build_seconds(self) -> float:
+        return self.banks.seconds
 
     def answer(self, context: str, questions: Sequence[str]) -> list[Answer]:
         for question in questions:
             self.model.encode_question(question)
-        started = time.perf_counter()
-        bank = self.model.remember(context, bank_dtype=self.bank_dtype)
-        self.build_seconds = time.perf_counter() - started
-        return self.model.ask_many(bank, questions, reading=self.reading)
+        self.built = self.banks.of(self.model, context, self.bank_dtype)
+        return self.model.ask_many(self.banks.bank, questions, reading=self.reading)
 
 
 def known_methods() -> list[str]:

@@ -34,6 +34,9 @@ def key_counts(questions: int) -> list[int]:
 class NeedleTexts:
     """Texts made of books, with their questions."""
 
+    # How often all books stand in a text, the text, and its tokens' characters.
+    repeated: tuple[int, str, list[tuple[int, int]]] = (0, "", [])
+
     def __init__(self, tokenizer: TextTokenizer, books: Sequence[str]):
         self.tokenizer = tokenizer
         self.words = word_list(books, tokenizer.encode)
@@ -70,16 +73,27 @@ class NeedleTexts:
                 for needle, place in hidden
             ]
 
+    def all_books(self, tokens: int) -> tuple[str, list[tuple[int, int]]]:
+        """All books as often as it takes for more than `tokens`."""
+        count = tokens // sum(len(offsets) for _, offsets in self.books) + 1
+        if count != self.repeated[0]:
+            text = "\n\n".join([text for text, _ in self.books] * count)
+            self.repeated = count, text, self.tokenizer.encode_with_offsets(text)[1]
+        return self.repeated[1:]
+
     def make_text(
         self, length: int, keys: int, maker: NeedleMaker, draw: random.Random
     ) -> tuple[str, list[tuple[Needle, int]]]:
-        """A span of a random book with `keys` needles, `length` tokens in all."""
+        """A span of a random book with `keys` needles, `length` tokens in all.
+
+        Where no book is as long, one is made of all books, over and over.
+        """
         needles = [maker.make(KINDS[draw.randrange(2)]) for _ in range(keys)]
         room = length - sum(len(self.tokenizer.encode(" " + n.statement)) for n in needles)
+        if room < 1:
+            raise InputError(f"length: expected more than {length - room} tokens, got {length}")
         long_enough = [book for book in self.books if len(book[1]) > room]
-        if room < 1 or not long_enough:
-            raise InputError(f"books: expected one of more than {room} tokens, got none")
-        text, offsets = draw.choice(long_enough)
+        text, offsets = draw.choice(long_enough or [self.all_books(room)])
         start = draw.randrange(len(offsets) - room)
         filler = text[offsets[start][0] : offsets[start + room - 1][1]]
         return hide_needles(filler, needles, draw)

@@ -15,7 +15,7 @@ from lychee.eval.report import Cell
 
 # What tells the lines of a plot by length apart.
 NO_GATE = "no gate"
-LINE = ("method", "ratio", "bank_dtype", "gate")
+LINE = ("method", "ratio", "bank_dtype", "gate", "notes")
 
 Points = list[tuple[float, float]]
 
@@ -68,7 +68,7 @@ def describe(name: str, value: Any) -> str:
         return ""
     if name == "gate":
         return NO_GATE if value == "off" else f"gate {value}"
-    return f"ratio {value}" if name == "ratio" else str(value)
+    return f"{name} {value}" if name in ("ratio", "notes") else str(value)
 
 
 def crossover(first: Points, second: Points) -> float | None:
@@ -178,11 +178,11 @@ def score_by(field: str, label: str) -> Callable:
 
     def draw(pyplot: ModuleType, cells: Sequence[Cell]):
         ours = [cell for cell in cells if cell["method"] == OURS]
-        other = "ratio" if field == "bank_dtype" else "bank_dtype"
-        lines = series(ours, field, "score", "length", other, "gate")
+        others = [name for name in LINE if name not in ("method", field)]
+        lines = series(ours, field, "score", "length", *others)
         if not lines:
             return None
-        places = places_of(lines) if field == "ratio" else None
+        places = places_of(lines) if field in ("ratio", "notes") else None
         figure, axes = start(pyplot, label, cells[0]["metric"], places)
         for index, (name, points) in enumerate(lines.items()):
             axes.plot(*zip(*points, strict=True), **style(index, name))
@@ -228,6 +228,7 @@ PLOTS: dict[str, Callable] = {
     "time_to_answer": cost_by_length("ask_seconds", "seconds, text read before", 1.0),
     "peak_memory": cost_by_length("peak_bytes", "peak MiB above idle", 2.0**-20),
     "accuracy_by_ratio": score_by("ratio", "raw tokens per memory token"),
+    "accuracy_by_notes": score_by("notes", "tokens of working memory"),
     "accuracy_by_bank": score_by("bank_dtype", "type of the bank's numbers"),
     "chunks_read": chunks_by_length,
 }

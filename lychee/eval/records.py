@@ -13,7 +13,7 @@ from lychee.errors import InputError
 
 RUN, RECORDS = "run.json", "records.jsonl"
 # What a record belongs to.
-CELL = ("task", "source", "length", "method", "ratio", "bank_dtype", "gate")
+CELL = ("task", "source", "length", "method", "ratio", "bank_dtype", "gate", "notes")
 
 Record = dict[str, Any]
 CellKey = tuple[Any, ...]

@@ -56,6 +56,16 @@ def test_needles_give_a_table_and_files_and_resume(evaluate, book_file, tmp_path
     assert "run.json: seed: expected 0 as in the run that is there, got 1" in other.err
 
 
+def test_gates_and_sizes_of_notes_beside_each_other(evaluate, book_file):
+    done = evaluate(
+        "needles", book_file, *SMALL, "--compare-gate", "--notes", 2, "--notes", 20, "--json"
+    )
+    assert done.returncode == 0, done.err
+    cells = json.loads(done.out)["cells"]
+    found = [(cell["gate"], cell["notes"]) for cell in cells]
+    assert found == [("auto", 2), ("auto", 20), ("off", 2), ("off", 20)]
+
+
 def test_tasks_with_settings_as_json(evaluate, book_file):
     done = evaluate(
         "vt,niah_multikey_1,hops_2",

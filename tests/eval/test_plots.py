@@ -9,7 +9,9 @@ from lychee.errors import InputError
 from lychee.eval import plots
 
 
-def make_cell(method, tokens, seconds, *, ratio=4, bank_dtype="auto", gate="auto", score=0.5):
+def make_cell(
+    method, tokens, seconds, *, ratio=4, bank_dtype="auto", gate="auto", notes=None, score=0.5
+):
     ours = method == "ours"
     return {
         "task": "vt",
@@ -20,6 +22,7 @@ def make_cell(method, tokens, seconds, *, ratio=4, bank_dtype="auto", gate="auto
         "ratio": ratio if ours else None,
         "bank_dtype": bank_dtype if ours else None,
         "gate": gate if ours else None,
+        "notes": notes if ours else None,
         "metric": "exact",
         "score": score,
         "interval_95": [score / 2, (1 + score) / 2],
@@ -68,8 +71,9 @@ def test_results_give_the_plots_they_can(tmp_path):
     assert all((tmp_path / name).stat().st_size > 5000 for name in names)
     settings = [make_cell("ours", 1024, 1.0, ratio=ratio, score=1 / ratio) for ratio in (2, 4)]
     settings += [make_cell("ours", 1024, 1.0, bank_dtype="int8", score=1.0)]
+    settings += [make_cell("ours", 1024, 1.0, notes=size) for size in (8, 32)]
     names = {path.name for path in plots.draw_all(settings, tmp_path)}
-    assert names == {"accuracy_by_ratio-vt.png", "accuracy_by_bank-vt.png"}
+    assert names == {f"accuracy_by_{name}-vt.png" for name in ("ratio", "bank", "notes")}
     plots.draw_curves({"frozen": [[(0, 0.1), (1, 0.2)]]}, "step", "reward", tmp_path / "reward.png")
     assert (tmp_path / "reward.png").stat().st_size > 5000
 

@@ -60,6 +60,25 @@ def test_key_counts_add_up(questions):
     assert sum(counts) == questions and set(counts) <= {1, 2, 3, 4}
 
 
+def test_settings_of_one_bank_share_it(cells, tiny_model, monkeypatch):
+    built, remember = [], LycheeMemory.remember
+
+    def counted(model, context, **options):
+        built.append((context, options["bank_dtype"]))
+        return remember(model, context, **options)
+
+    monkeypatch.setattr(LycheeMemory, "remember", counted)
+    settings = [Setting(bank_dtype=dtype, notes=n) for dtype in ("auto", "int8") for n in (4, 8)]
+    found = list(run(cells, settings, lambda _: tiny_model, RecordFile(None, SHARED)))
+    # Two lengths, three texts each.
+    assert len(built) == len(set(built)) == 2 * 2 * 3
+    names = [(cell["length"], cell["bank_dtype"], cell["notes"]) for cell in found]
+    assert names == [(n, s.bank_dtype, s.notes) for n in (200, 300) for s in settings]
+    for first, second in zip(found[::2], found[1::2], strict=True):
+        assert first["build_seconds"] == second["build_seconds"] > 0
+        assert second["peak_bytes"] is None
+
+
 def test_wilson_interval_by_hand():
     low, high = wilson_interval(9, 10)
     assert (round(low, 3), round(high, 3)) == (0.596, 0.982)
@@ -72,8 +91,16 @@ def test_texts_have_the_length_asked_for(needle_texts):
     assert abs(len(needle_texts.tokenizer.encode(made)) - 600) <= 6
     for needle, place in hidden:
         assert made[place:].startswith(needle.statement)
-    with pytest.raises(InputError, match="books: expected one of more than"):
-        needle_texts.make_text(100_000, 3, maker, random.Random(0))
+    with pytest.raises(InputError, match="length: expected more than [0-9]+ tokens, got 20"):
+        needle_texts.make_text(20, 3, maker, random.Random(0))
+
+
+def test_a_text_longer_than_the_books_repeats_them(needle_texts):
+    maker = NeedleMaker([f"w{index}" for index in range(20)])
+    (book,) = [text for text, _ in needle_texts.books]
+    made, _ = needle_texts.make_text(100_000, 3, maker, random.Random(0))
+    assert abs(len(needle_texts.tokenizer.encode(made)) - 100_000) <= 6
+    assert len(made) > 2 * len(book) and made.count(book[:200]) > 1
 
 
 def test_cells_count_what_was_asked(cells, tiny_model):

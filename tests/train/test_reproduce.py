@@ -19,19 +19,33 @@ config = "first.toml"
 name = "second"
 kind = "sft"
 config = "second.toml"
+
+[[stage]]
+name = "third"
+kind = "gate"
+config = "third.toml"
+"""
+GATE = """
+held_out = 0.4
+validation = 10
+
+[gate]
+layers = 3
+tail = 3
 """
 BEGIN, END = RECIPE.index("[model]"), RECIPE.index("[memory]")
 
 
 @pytest.fixture
 def plan(tmp_path, books):
-    """A plan of two stages, whose second has a learning rate too small to change a weight."""
+    """A plan of three stages; the second has a learning rate too small to change a weight."""
     stage = RECIPE[RECIPE.rindex("[[stage]]") :].replace("[3e-3, 1e-5]", "[1e-30, 1e-30]")
     traces = RECIPE[:BEGIN] + RECIPE[END : RECIPE.index("[[stage]]")] + stage
     (tmp_path / "first.toml").write_text(
         RECIPE.replace("save_every", 'export="float32"\nsave_every')
     )
     (tmp_path / "second.toml").write_text(traces.replace("weight_decay = 0.01", ""))
+    (tmp_path / "third.toml").write_text(RECIPE[:BEGIN] + GATE + stage)
     (tmp_path / "plan.toml").write_text(PLAN)
     (tmp_path / "out").mkdir()
     run_folder(tmp_path / "out" / "first", books)
@@ -44,15 +58,17 @@ def test_stages_run_in_order_and_start_from_each_other(tmp_path, plan, books, ca
         reproduce(plan, out, books, only="second")
     reproduce(plan, out, books, only="first")
     assert not (out / "second").exists()
-    assert reproduce(plan, out, books) == out / "second" / "model"
+    assert reproduce(plan, out, books) == out / "third" / "model"
     assert "second: finished after 0.00 hours" in capsys.readouterr().out
     first, second = weights(out / "first"), weights(out / "second")
     assert all(torch.equal(second[name], tensor) for name, tensor in first.items())
-    assert LycheeMemory.from_pretrained(out / "second" / "model").trained
+    second, third = (LycheeMemory.from_pretrained(out / n / "model") for n in ("second", "third"))
+    assert third.trained and second.gate is None and third.gate is not None
     # What is finished is not trained again.
-    logs = [(out / name / "metrics.jsonl").read_text() for name in ("first", "second")]
+    files = [out / name / "metrics.jsonl" for name in ("first", "second", "third")]
+    logs = [file.read_text() for file in files]
     reproduce(plan, out, books)
-    assert logs == [(out / name / "metrics.jsonl").read_text() for name in ("first", "second")]
+    assert logs == [file.read_text() for file in files]
 
 
 @pytest.mark.parametrize(
@@ -71,8 +87,8 @@ def test_bad_plans(plan, change, message):
 
 
 def test_an_unknown_stage_is_refused(tmp_path, plan, books):
-    with pytest.raises(InputError, match="only: expected one of first, second, got third"):
-        reproduce(plan, tmp_path / "out", books, only="third")
+    with pytest.raises(InputError, match="only: expected one of first, second, third, got fourth"):
+        reproduce(plan, tmp_path / "out", books, only="fourth")
 
 
 def test_the_shipped_recipe_fits_its_kinds():

@@ -121,19 +121,17 @@ def test_world_turns_advance_by_what_the_chunk_tells(sampler):
         told += [invented.distractor(asked[1]) for _ in range(2)]
         ids, kept = sampler.chunk(700, told)
         text = sampler.tokenizer.decode(ids)
-        chains = [Chain(q, tuple(fact in kept for fact in q.facts)) for q in asked]
+        chains = [Chain.of(q, kept) for q in asked]
         for _ in range(8):
             turn = sampler.world_turn(invented, chains, TraceMixture())
             notes, question, target = parts(sampler, turn)
             chain = next(q for q in asked if q.facts[0].subject in question)
-            found, noted = chain.facts[0].subject, True
+            expected, known = chain.facts[0].subject, True
             for fact in chain.facts:
-                noted = noted and f"{found} {fact.object}" in notes
-                if not noted and fact.statement not in text:
-                    found += " none"
-                    break
-                found += " " + fact.object
-            assert target == found
+                noted = f"{fact.relation} {fact.object}" in notes
+                known = known and (noted or fact.statement in text)
+                expected += f" {fact.relation} {fact.object if known else 'none'}"
+            assert target == expected
             cases.add(turn.case)
     assert {"kept", "hops0", "hops1", "hops2"} <= cases
 
@@ -152,6 +150,7 @@ def test_comparison_notes_fill_in_any_order(sampler):
         sampler.tokenizer.decode(sampler.world_notes(question, known)).strip()
         for known in sampler.states(question)
     }
-    assert f"{first.subject} none {second.subject} {second.object}" in states
-    assert f"{first.subject} {first.object} {second.subject} none" in states
+    by = first.relation
+    assert f"{first.subject} {by} none {second.subject} {by} {second.object}" in states
+    assert f"{first.subject} {by} {first.object} {second.subject} {by} none" in states
     assert len(states) == 4
