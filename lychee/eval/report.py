@@ -122,7 +122,7 @@ class Table:
         values += [f"{100 * cell['metrics'][name]:.0f}%" for name in self.metrics]
         for name in self.breakdown:
             part, of = cell["breakdown"].get(name, (0, 0))
-            values.append(f"{part:.4g}/{of}")
+            values.append(f"{part:.4g}/{of}" if of else "-")
         values += [f"{cell['build_seconds']:.2f}", f"{cell['ask_seconds']:.2f}"]
         values += [f"{cell['chunks_read']:.1f} of {cell['chunks']:.1f}"]
         recall = cell["support_recall"]
