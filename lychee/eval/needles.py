@@ -47,13 +47,6 @@ class NeedleTexts:
                 f"got {len(self.words)}"
             )
 
-    def check_length(self, length: int) -> None:
-        """InputError for texts longer than every book."""
-        if max(len(offsets) for _, offsets in self.books) <= length:
-            raise InputError(
-                f"books: expected one of more than {length:,} tokens, got none", "name a longer one"
-            )
-
     def texts(self, length: int, questions: int, seed: int) -> Iterator[list[TaskSample]]:
         """Samples of one text after the other; always the same for the same arguments."""
         draw = random.Random(seed * 1_000_003 + length)

@@ -125,7 +125,6 @@ def task_cells(
     if "needles" in tasks:
         needles = NeedleTexts(tokenizer, books)
         for length in lengths:
-            needles.check_length(length)
             texts = partial(needles.texts, length, questions, request.seed)
             cells.append(TaskCell("needles", "", length, questions, texts, "exact", BREAKDOWN))
     made = [task for task in tasks if task in MAKERS]

@@ -191,10 +191,3 @@ def test_an_interrupted_reproduction_reports_what_is_finished(
     done = run(*call)
     assert done.returncode == 0, done.err
     assert (tmp_path / "out" / "records.jsonl").read_text().startswith(first)
-
-
-def test_a_text_longer_than_every_book_is_refused_at_once(run, model_folder, book_file, tmp_path):
-    call = ("bench", "reproduce", book_file, "--full", "--no-plots", "--out", tmp_path / "out")
-    done = run(*call, "--model", model_folder)
-    assert done.returncode == 2 and "books: expected one of more than 4,096 tokens" in done.err
-    assert not (tmp_path / "out" / "records.jsonl").exists()
