@@ -142,20 +142,21 @@ class ReadingLoop:
         width = prompts.keys[0].shape[2] + self.gate.config.tail
         room = min(MAX_TOKENS // self.gate.config.tail, MAX_GATE_TOKENS // width)
         share = max(1, room // len(readings))
-        rows = []
-        for place, reading in enumerate(readings):
-            stop = min(reading.horizon + min(reading.window, share), len(self.bank))
-            rows += [(place, chunk) for chunk in range(reading.horizon, stop)]
+        ahead = [
+            range(r.horizon, min(r.horizon + min(r.window, share), len(self.bank)))
+            for r in readings
+        ]
+        rows = [(place, chunk) for place, chunks in enumerate(ahead) for chunk in chunks]
         scores: dict[int, float] = {}
         with torch.inference_mode():
             for group, pages in self.bank.chunk_tables([chunk for _, chunk in rows]):
                 of = torch.tensor([rows[row][0] for row in group], device=pages.kv.device)
                 found = self.gate.score(prompts, of, pages).sigmoid().tolist()
                 scores.update(zip(group, found, strict=True))
-        for place, reading in enumerate(readings):
-            given = [scores[row] for row, (prompt, _) in enumerate(rows) if prompt == place]
-            reading.want(given, self.threshold)
-            self.chunks_gated[reading.index] += len(given)
+        ordered = iter(range(len(rows)))
+        for reading, chunks in zip(readings, ahead, strict=True):
+            reading.want([scores[next(ordered)] for _ in chunks], self.threshold)
+            self.chunks_gated[reading.index] += len(chunks)
         self.gate_seconds += perf_counter() - started
 
     def _skip_unchanged(self, readings: list[Reading]) -> list[Reading]:

@@ -4,10 +4,8 @@
 from __future__ import annotations
 
 import bisect
-import ctypes
 import hashlib
 import json
-import mmap
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lychee.allocator import release_mapped
 from lychee.bank.manifest import SegmentRecord, TextPlace
 from lychee.bank.pages import PageLayout, PagePool
 from lychee.errors import BankError
@@ -142,16 +141,6 @@ def announce(path: Path) -> None:
                 os.posix_fadvise(file, 0, ALIGNMENT, os.POSIX_FADV_WILLNEED)
             finally:
                 os.close(file)
-
-
-def release_mapped(data: Tensor) -> None:
-    """Let the system take the memory behind a part of a mapped file that nobody has written to."""
-    if not data.numel() or not hasattr(mmap, "MADV_DONTNEED"):
-        return
-    page = mmap.PAGESIZE
-    start = data.data_ptr() // page * page
-    size = data.data_ptr() + data.nbytes - start
-    ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
 
 
 def hash_file(path: Path, on_bytes: Callable[[int], None]) -> str:

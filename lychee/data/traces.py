@@ -122,9 +122,8 @@ class TraceSampler(RecallSampler):
         draw.shuffle(told)
         ids, kept = self.chunk(length, told[:room])
         needles = [needle for needle in kept if not isinstance(needle, Fact)]
-        chains = [
-            Chain.of(question, [f for f in kept if isinstance(f, Fact)]) for question in asked
-        ]
+        stated = [fact for fact in kept if isinstance(fact, Fact)]
+        chains = [Chain.of(question, stated) for question in asked]
         turns = []
         for _ in range(questions):
             if needles and draw.random() < 0.2:

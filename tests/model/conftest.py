@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tiny random model, complete with tokenizer, that every model test can afford."""
+"""A tiny random model, complete with tokenizer, that every model test can afford; a bank of it."""
 
 import random
 
 import pytest
 import torch
+from bank_contents import build_bank, documents_of
 
+from lychee.bank import build
 from lychee.config import MemoryConfig, ModelConfig
 from lychee.memory_model import LycheeMemory
 from lychee.tokenizer import TextTokenizer
@@ -75,3 +77,14 @@ def tiny_model(tiny_config, tiny_memory) -> LycheeMemory:
         decoder.model.embed_tokens.weight.mul_(3)
     raw = tiny_config | tiny_memory.to_dict()
     return LycheeMemory(decoder, tokenizer, raw, tiny_memory)
+
+
+@pytest.fixture(scope="module")
+def sound_bank(tiny_model, prose, tmp_path_factory):
+    """An int8 bank of three documents in several segments; copy it before changing it."""
+    path = tmp_path_factory.mktemp("sound") / "bank"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "BATCH_TOKENS", 64)
+        patch.setattr(build, "COMMIT_SECONDS", 0)
+        build_bank(tiny_model, path, documents_of(prose, 0, 1, 2), bank_dtype="int8")
+    return path

@@ -9,20 +9,10 @@ import subprocess
 import pytest
 from bank_contents import build_bank, documents_of, litter
 
-from lychee.bank import MemoryBank, build, verify_bank
+from lychee.bank import MemoryBank, verify_bank
 from lychee.errors import BankError
 
 ADVICE = "what was committed before is whole; make room"
-
-
-@pytest.fixture(scope="module")
-def sound_bank(tiny_model, prose, tmp_path_factory):
-    path = tmp_path_factory.mktemp("sound") / "bank"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "BATCH_TOKENS", 64)
-        patch.setattr(build, "COMMIT_SECONDS", 0)
-        build_bank(tiny_model, path, documents_of(prose, 0, 1, 2), bank_dtype="int8")
-    return path
 
 
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.98])
