@@ -26,9 +26,10 @@ from lychee.reasoner import MAX_ROWS
 from lychee.weights import CONFIG, read_config
 
 RATIOS = (2, 4, 8, 16)
-# Measured with byte-level BPE on English: bytes per token that cutting a text takes, for tokens and
-# the characters each came from. The allocator keeps them for what comes after.
-CUTTING_BYTES = 500
+# Of a text: its characters in byte-level BPE on English, a token's id twice and where it stands.
+TEXT_BYTES = 6 + 2 * 4 + 2 * 4
+# Measured: what encoding one piece of a text takes besides.
+ENCODING_BYTES = 10 << 20
 
 PARTS = {
     "bank": "all pages, of chunks of full length; chunks that end with a sentence take some more, "
@@ -125,7 +126,7 @@ def estimate_bank(
         memory.window,
         memory.chunk,
         parameters * weights.itemsize,
-        tokens * CUTTING_BYTES,
+        tokens * TEXT_BYTES,
         rows,
     )
 
@@ -153,7 +154,7 @@ def estimate_row(
     bank = page * pages
     work = itemsize * compress_floats(config, memory)
     reading = itemsize * read_floats(config, memory)
-    text = CUTTING_BYTES * tokens if host else 0
+    text = TEXT_BYTES * tokens + ENCODING_BYTES if host else 0
     segments = 2 * min(bank, SEGMENT_BYTES)
     turn_pages = min(bank, MAX_ROWS * page * pages_of(memory.chunk, memory))
     return Row(

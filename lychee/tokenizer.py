@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterable
+from array import array
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -16,7 +18,51 @@ from lychee.errors import CheckpointError
 END = "<|end|>"
 # Books hold few numbers; this many of each group make a token of it for certain.
 NUMBER_REPEATS = 2000
+# Characters encoded at once: the library's own records of a token take hundreds of bytes.
+PIECE = 1 << 16
+# Characters that neighbouring pieces share, and how many equal tokens in a row show that both were
+# encoded as in the whole text: tokenizers decide word by word, from left to right.
+OVERLAP, AGREEING = 1 << 11, 32
 SPECIAL_TOKENS = (END, "<|pad|>", "<|question|>", "<|memory|>", "<|update|>", "<|answer|>")
+
+
+class Spans(Sequence[tuple[int, int]]):
+    """Characters (start, stop) that each token came from, in eight bytes a token."""
+
+    def __init__(self, spans: Iterable[tuple[int, int]] = (), first: int = 0):
+        """`first`: the character that `spans` count from."""
+        spans = list(spans)
+        self.starts = array("i", (start + first for start, _ in spans))
+        self.stops = array("i", (stop + first for _, stop in spans))
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        return self.starts[index], self.stops[index]
+
+    def replace(self, kept: int, new: Spans, skipped: int) -> None:
+        """Put those of `new` but for `skipped` behind the first `kept` of these."""
+        self.starts[kept:] = new.starts[skipped:]
+        self.stops[kept:] = new.stops[skipped:]
+
+
+def find_joint(
+    ids: array[int], spans: Spans, new_ids: array[int], new: Spans
+) -> tuple[int, int] | tuple[None, None]:
+    """How many tokens to keep of a piece, and to skip of the next one that overlaps it.
+
+    Both agree about AGREEING tokens around that place; None where they nowhere do.
+    """
+    for skipped in range(len(new_ids) - AGREEING + 1):
+        start = new.starts[skipped]
+        if start > spans.starts[-1]:
+            break
+        kept = bisect_left(spans.starts, start)
+        here, there = slice(kept, kept + AGREEING), slice(skipped, skipped + AGREEING)
+        if ids[here] == new_ids[there] and spans.starts[here] == new.starts[there]:
+            return kept + AGREEING // 2, skipped + AGREEING // 2
+    return None, None
 
 
 class TextTokenizer:
@@ -32,9 +78,13 @@ class TextTokenizer:
         if not path.is_file():
             raise CheckpointError(f"{folder}: expected a tokenizer.json, got none")
         try:
-            return cls(Tokenizer.from_file(str(path)), folder)
+            backend = Tokenizer.from_file(str(path))
         except Exception as error:
             raise CheckpointError(f"{path}: expected a tokenizer, got: {error}") from error
+        # A folder may carry the limits of what it was last used for.
+        backend.no_truncation()
+        backend.no_padding()
+        return cls(backend, folder)
 
     @classmethod
     def train(
@@ -69,21 +119,27 @@ class TextTokenizer:
         self.backend.save(str(folder / "tokenizer.json"))
 
     def encode(self, text: str) -> list[int]:
+        if len(text) > PIECE:
+            return self.encode_with_offsets(text)[0].tolist()
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         encoded = self.backend.encode_batch(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encoded]
 
-    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids and the character span each came from."""
-        encoding = self.backend.encode(text, add_special_tokens=False)
-        return encoding.ids, encoding.offsets
-
-    def encode_with_span_of(self, text: str) -> tuple[list[int], Callable[[int], tuple[int, int]]]:
-        """Ids, and what tells the character span of one: a list of all takes far more memory."""
-        encoding = self.backend.encode(text, add_special_tokens=False)
-        return encoding.ids, encoding.token_to_chars
+    def encode_with_offsets(self, text: str) -> tuple[array[int], Spans]:
+        """Ids and the characters each came from: those of the whole text, piece by piece."""
+        ids, spans = array("i"), Spans()
+        for first in range(0, max(1, len(text) - OVERLAP), PIECE - OVERLAP):
+            encoding = self.backend.encode(text[first : first + PIECE], add_special_tokens=False)
+            new_ids, new = array("i", encoding.ids), Spans(encoding.offsets, first)
+            kept, skipped = find_joint(ids, spans, new_ids, new) if first else (0, 0)
+            if kept is None:
+                whole = self.backend.encode(text, add_special_tokens=False)
+                return array("i", whole.ids), Spans(whole.offsets)
+            ids[kept:] = new_ids[skipped:]
+            spans.replace(kept, new, skipped)
+        return ids, spans
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.backend.decode(list(ids), skip_special_tokens=True)

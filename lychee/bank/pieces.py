@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -44,7 +45,7 @@ class Document:
 class Piece(NamedTuple):
     """Tokens of one chunk, and the characters of the document that they came from."""
 
-    ids: list[int]
+    ids: array[int]
     start: int
     stop: int
 
@@ -84,12 +85,12 @@ def check_documents(documents: Iterable[Document]) -> Iterable[Document]:
 
 def cut_document(model: LycheeMemory, document: Document) -> list[Piece]:
     """The pieces that a document's chunks are made of."""
-    ids, span_of = model.tokenizer.encode_with_span_of(document.text)
+    ids, spans = model.tokenizer.encode_with_offsets(document.text)
     if not ids:
         raise InputError(f"{document.name}: expected text, got nothing to read")
     ends = model.tokenizer.sentence_ends if model.memory.cut == "sentence" else None
     return [
-        Piece(ids[start:stop], span_of(start)[0], span_of(stop - 1)[1])
+        Piece(ids[start:stop], spans[start][0], spans[stop - 1][1])
         for start, stop in cut_chunks(ids, model.memory.chunk, ends)
     ]
 
@@ -135,7 +136,7 @@ def compress(
         ids = torch.zeros(len(batch), width, dtype=torch.int64)
         lengths = torch.tensor([len(pieces[index].ids) for index in batch])
         for row, index in enumerate(batch):
-            ids[row, : lengths[row]] = torch.tensor(pieces[index].ids)
+            ids[row, : lengths[row]] = torch.tensor(pieces[index].ids.tolist())
         mask = torch.arange(width)[None] < lengths[:, None]
         targets = [pages[index] for index in batch]
         target = pool if pool.device == device else PagePool(pool.layout, device)

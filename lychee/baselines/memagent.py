@@ -92,7 +92,7 @@ class MemAgent:
         """
         notes = [list(self.model.reasoner.prompts.no_memory) for _ in questions]
         for index, start in enumerate(range(0, len(text), self.section)):
-            section = text[start : start + self.section]
+            section = list(text[start : start + self.section])
             for first in range(0, len(questions), MAX_ROWS):
                 rows = slice(first, first + MAX_ROWS)
                 for row, new in enumerate(self.update(section, questions[rows], notes[rows])):

@@ -48,7 +48,7 @@ def encode_samples(
                 f"{longest} tokens, got {len(question)}"
             )
         answer, split = sample.answers[0], split_of(sample.question)
-        encoded.append(EncodedSample(text, question, answer, support, split))
+        encoded.append(EncodedSample(list(text), question, answer, support, split))
     return encoded
 
 

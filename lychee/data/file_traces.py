@@ -82,7 +82,7 @@ class FileTraces:
             spans.append((tokens[0], tokens[-1] + 1) if tokens else (0, 0))
             sentences.append(self.encode(sample.context[start:stop]))
         question = self.tokenizer.encode(sample.question.strip())
-        return Trace(text, question, self.encode(sample.answers[0]), sentences, spans)
+        return Trace(list(text), question, self.encode(sample.answers[0]), sentences, spans)
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(" " + text.strip())

@@ -14,7 +14,7 @@ from lychee.data.needles import NeedleMaker
 from lychee.data.recall import Mixture, RecallBatch, RecallSampler, Turn, make_batch
 from lychee.data.worlds import Fact, World, WorldQuestion
 
-# Share of a world's turns that prefer a chunk with another relation of what is looked up.
+# Share of a world's turns that prefer a chunk with something close to what is looked up.
 TEMPTED_SHARE = 0.5
 
 
@@ -43,8 +43,8 @@ class TraceMixture(Mixture):
 
 @dataclass(frozen=True)
 class Chain:
-    """A question, which of its facts the chunk tells, and for which ones it tells another relation
-    of the same subject."""
+    """A question, which of its facts the chunk tells, and for which ones it tells something close:
+    another relation of the subject, or the relation for a namesake."""
 
     question: WorldQuestion
     told: tuple[bool, ...]
@@ -55,10 +55,18 @@ class Chain:
         """`kept`: what the chunk tells of the world."""
         told = tuple(fact in kept for fact in question.facts)
         tempting = tuple(
-            any(other.subject == fact.subject and other != fact for other in kept)
+            any(other != fact and cls.close(other, fact) for other in kept)
             for fact in question.facts
         )
         return cls(question, told, tempting)
+
+    @staticmethod
+    def close(other: Fact, fact: Fact) -> bool:
+        """Whether they have the subject, or the relation and a part of its name, in common."""
+        if other.subject == fact.subject:
+            return True
+        shared = set(other.subject.split()) & set(fact.subject.split())
+        return other.relation == fact.relation and bool(shared)
 
 
 class TraceSampler(RecallSampler):
@@ -190,7 +198,7 @@ class TraceSampler(RecallSampler):
 
     @staticmethod
     def tempted(chain: Chain, known: tuple[bool, ...]) -> bool:
-        """Whether the chunk tells another relation of the subject of the next missing fact."""
+        """Whether the chunk tells something close to the next missing fact."""
         return not all(known) and chain.tempting[known.index(False)]
 
     def world_notes(self, question: WorldQuestion, known: tuple[bool, ...]) -> list[int]:
