@@ -19,6 +19,9 @@ SHORT, LONG = (28 * 1024, 112 * 1024) if CUDA else (32 * 1024, 128 * 1024)
 DEFAULT = {(length, notes) for length in (SHORT, LONG) for notes in MEMORY_TOKENS[::2]}
 # The text: its characters, and its chunks' spans.
 ALLOWED_MIB = 4
+# Bytes from which glibc gives a freed block back at once. It would raise that by itself, up to
+# 32 MiB, as larger blocks are freed, and the peak would hang on which were freed first.
+MMAP_THRESHOLD = 128 << 10
 OURS = ("ours", "ours_int8", "ours_disk")
 
 
@@ -28,7 +31,9 @@ def measure(method: str, length: int, memory_tokens: int) -> dict[str, float]:
     run = subprocess.run(
         [sys.executable, here / "reading_peak.py", method, str(length), str(memory_tokens),
          str(machine.THREADS[-1])],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (here, here.parent)))},
+        env=os.environ
+        | {"PYTHONPATH": os.pathsep.join(map(str, (here, here.parent)))}
+        | {"MALLOC_MMAP_THRESHOLD_": str(MMAP_THRESHOLD)},
         capture_output=True, check=True, text=True,
     )  # fmt: skip
     return json.loads(run.stdout)

@@ -56,7 +56,7 @@ def find_joint(
     """
     for skipped in range(len(new_ids) - AGREEING + 1):
         start = new.starts[skipped]
-        if start > spans.starts[-1]:
+        if not spans or start > spans.starts[-1]:
             break
         kept = bisect_left(spans.starts, start)
         here, there = slice(kept, kept + AGREEING), slice(skipped, skipped + AGREEING)
