@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lychee.bank import PAGE_TOKENS
+from lychee.bank import MemoryBank
+from lychee.bank.pages import PagePool
 from lychee.baselines.full_context import FullContext
-from lychee.baselines.memagent import MemAgent
+from lychee.baselines.memagent import SECTION_TOKENS, MemAgent
 from lychee.config import MemoryConfig, ModelConfig
 from lychee.decoder import Decoder
 from lychee.gate import Gate, GateConfig
@@ -57,11 +58,18 @@ LENGTHS = (
     if CUDA
     else tuple(1024 * k for k in (8, 16, 32, 64, 128))
 )
-ABOUT = (
+SHAPES = (
     f"{'Qwen2.5-7B shape, bfloat16' if CUDA else '42.5M parameters, float32'}, random weights; "
-    f"chunks of {CHUNK} tokens, windows of {WINDOW}, ratio {RATIO}; sections of MemAgent 5000; "
-    f"questions of {QUESTION} tokens; every turn writes all its notes' tokens, every answer "
-    f"{ANSWER}; the gate scores every chunk and reads {SELECTED:.0%}, at least one"
+    f"chunks of {CHUNK} tokens, windows of {WINDOW}, ratio {RATIO}; sections of MemAgent "
+    f"{SECTION_TOKENS}; questions of {QUESTION} tokens"
+)
+ABOUT = (
+    f"{SHAPES}; every turn writes all its notes' tokens, every answer {ANSWER}; the gate scores "
+    f"every chunk and reads {SELECTED:.0%}, at least one"
+)
+ABOUT_PEAKS = (
+    f"{SHAPES}; ours and MemAgent take one turn with full notes and one for the answer, with room "
+    "for all tokens, of which they write a few; the gate scores every chunk and reads the last one"
 )
 
 
@@ -152,20 +160,30 @@ def chosen_chunks(tokens: int) -> list[int]:
 
 
 class ChosenGate(Gate):
-    """A gate that does all the work of scoring and then lets given chunks through."""
+    """A gate that does all the work of scoring and then lets given chunks of a bank through.
 
-    def __init__(self, decoder: Decoder, chosen: list[int]):
+    It knows a chunk by its first page, so the bank's tables must have its own numbers of pages.
+
+    Raises:
+        ValueError: the bank is on disk, or in other memory than the model's.
+    """
+
+    def __init__(self, decoder: Decoder, bank: MemoryBank, chosen: list[int]):
         layers = decoder.config.num_hidden_layers
         super().__init__(decoder, GateConfig(layers=layers))
-        self.chosen = torch.tensor(chosen, device=decoder.device)
+        store = bank.pages
+        if not isinstance(store, PagePool) or store.device != store.reader:
+            raise ValueError("bank: expected pages in the model's memory, got some from elsewhere")
+        first_pages = [bank.chunks[chunk].pages[0] for chunk in chosen]
+        self.first_pages = torch.tensor(first_pages, device=decoder.device)
         self.scored = 0
         self.eval()
 
     def score(self, prompts, rows, pages):
         logits = super().score(prompts, rows, pages)
         self.scored += len(logits)
-        chunks = pages.table[:, 0] // (CHUNK // RATIO // PAGE_TOKENS)
-        return torch.where(torch.isin(chunks, self.chosen), 8.0, -8.0).to(logits)
+        chosen = torch.isin(pages.table[:, 0], self.first_pages)
+        return torch.where(chosen, 8.0, -8.0).to(logits)
 
 
 def run_ours(memory_tokens: int, text: str, questions: list[str]) -> Run:
@@ -188,13 +206,14 @@ def run_in_one_turn(memory_tokens: int, built: Run, questions: list[str]) -> Run
 def ask(run: Run, model: LycheeMemory, bank, questions: list[str], together: int = 1) -> None:
     """Notes by the product's own loop, then the answers."""
     ids = [model.encode_question(question) for question in questions]
-    gate = ChosenGate(model.decoder, chosen_chunks(bank.tokens))
+    chosen = chosen_chunks(bank.tokens)
+    gate = ChosenGate(model.decoder, bank, chosen)
     loop, read = ReadingLoop(model.reasoner, bank, gate=gate, together=together), []
     with run.part("read"):
         notes = loop.run(ids, lambda event: read.append(event.chunk) if event.read else None)
     with run.part("answer"):
         answers = model.reasoner.answer(ids, notes)
-    assert sorted(read) == sorted(gate.chosen.tolist() * len(ids))
+    assert sorted(read) == sorted(chosen * len(ids))
     assert all(len(answer) == model.memory.answer for answer in answers)
     # Its seconds are within those of reading.
     run.results |= {"gate_seconds": loop.gate_seconds, "scored": gate.scored}

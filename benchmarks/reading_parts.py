@@ -58,7 +58,7 @@ class Parts:
         pages = bank.page_table([[0]] * batch)
         together = bank.page_table([list(range(TOGETHER))] * batch, in_place=True)
         middle = memory_tokens // 2
-        gate, pairs = ChosenGate(model.decoder, [0]), 4 * batch
+        gate, pairs = ChosenGate(model.decoder, bank, [0]), 4 * batch
 
         def score():
             rows = torch.arange(pairs, device=model.decoder.device) % batch

@@ -12,7 +12,7 @@ def sections(infos: list[dict]) -> list[tuple[str, list[list[str]], list[str]]]:
         ("time to answer", time_rows(infos), [reading.ABOUT, *remarks(infos)]),
         ("full context crossover, from nothing", crossover_rows(infos), []),
         ("parts of the speed-up", part_rows(infos), part_remarks(infos)),
-        ("peak memory", memory_rows(infos), [reading.ABOUT]),
+        ("peak memory", memory_rows(infos), [reading.ABOUT_PEAKS]),
         ("peers on equal shapes, tokens/s", rate_rows(infos), []),
     ]
     return [section for section in found if len(section[1]) > 1]

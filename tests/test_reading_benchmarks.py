@@ -16,6 +16,8 @@ import table  # noqa: E402
 import test_speed_up_parts  # noqa: E402
 import test_time_to_answer  # noqa: E402
 
+from lychee.bank import BankBuilder, Document, MemoryBank  # noqa: E402
+
 TINY = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 6144}
 NOTES, LENGTH = 20, 1900
 
@@ -75,6 +77,18 @@ def test_questions_until_paid():
     assert paid(ours, run(build=6.0, ask=4.0)) == 2
     assert paid(ours, run(build=20.0, ask=4.0)) == 1
     assert paid(ours, run(ask=1.0)) is None
+
+
+def test_chosen_chunks_of_a_bank_on_disk_are_refused(tiny, tmp_path):
+    """Its tables number pages anew, so another chunk would be let through."""
+    model = reading.make_model(NOTES)
+    with BankBuilder(model, tmp_path / "bank") as builder:
+        builder.add([Document("text", reading.make_text(LENGTH))])
+    loaded = MemoryBank.open(tmp_path / "bank", model=model, tier="cpu")
+    reading.ChosenGate(model.decoder, loaded, [4])
+    on_disk = MemoryBank.open(tmp_path / "bank", model=model, tier="disk")
+    with pytest.raises(ValueError, match="bank: expected pages in the model's memory"):
+        reading.ChosenGate(model.decoder, on_disk, [4])
 
 
 def test_parts_measure_every_pass(tiny):
