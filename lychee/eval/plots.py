@@ -119,9 +119,14 @@ def use_log_scale(axes) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
+def without_gate(name: str) -> bool:
+    """Whether a line's name says that every chunk was read."""
+    return NO_GATE in name.split(", ")
+
+
 def style(index: int, name: str) -> dict[str, Any]:
     """Of a line, so that one which lies over another leaves it to be seen."""
-    line = ":" if name.endswith(NO_GATE) else "-"
+    line = ":" if without_gate(name) else "-"
     return {"marker": "osD^v"[index % 5], "fillstyle": "none", "linestyle": line, "label": name}
 
 
@@ -158,7 +163,9 @@ def cost_by_length(field: str, label: str, scale: float) -> Callable:
             return None
         figure, axes = start(pyplot, "tokens of text", label, places_of(lines))
         use_log_scale(axes)
-        ours = [p for n, p in lines.items() if n.startswith(OURS) and not n.endswith(NO_GATE)]
+        every = {name: points for name, points in lines.items() if name.startswith(OURS)}
+        gated = {name: points for name, points in every.items() if not without_gate(name)}
+        ours = list((gated or every).values())
         for index, (name, points) in enumerate(lines.items()):
             scaled = [(x, y * scale) for x, y in points]
             axes.plot(*zip(*scaled, strict=True), **style(index, name))

@@ -91,6 +91,22 @@ def test_the_crossover_is_marked():
     pyplot.close(figure)
 
 
+@pytest.mark.parametrize("notes", [None, 256])
+def test_the_crossover_is_that_of_the_line_with_a_gate_where_there_is_one(notes):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    without = [make_cell("ours", n, 5.0, gate="off", notes=notes) for n in (1024, 2048, 4096)]
+    for cells, expected in ((without + CELLS, 0), (without + CELLS[3:], 1)):
+        figure = plots.PLOTS["time_to_answer"](pyplot, cells)
+        marks = [line for line in figure.axes[0].lines if line.get_linestyle() == "--"]
+        (place,) = [line.get_xdata()[0] for line in marks]
+        ours = [(c["tokens"], c["ask_seconds"]) for c in (CELLS[:3], without)[expected]]
+        agent = [(c["tokens"], c["ask_seconds"]) for c in CELLS[3:]]
+        assert place == plots.crossover(ours, agent)
+        dotted = [line for line in figure.axes[0].lines if line.get_linestyle() == ":"]
+        assert len(dotted) == 1
+        pyplot.close(figure)
+
+
 def test_without_matplotlib_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(InputError, match=r"matplotlib, got none; install it: .*\[plot\]"):
