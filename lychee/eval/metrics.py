@@ -33,9 +33,13 @@ def exact_match(prediction: str, answers: Answers) -> float:
 
 
 def sub_em(prediction: str, answers: Answers) -> float:
-    """1 if one of the normalised answers stands in the normalised prediction."""
+    """1 if one of the normalised answers stands in the normalised prediction.
+
+    An answer of which nothing is left, as of "A", stands in empty ones alone, not in all.
+    """
     found = normalise(prediction)
-    return float(any(normalise(answer) in found for answer in answers))
+    wanted = map(normalise, answers)
+    return float(any(answer in found if answer else not found for answer in wanted))
 
 
 def f1(prediction: str, answers: Answers) -> float:

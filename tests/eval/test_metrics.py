@@ -31,6 +31,9 @@ CASES = [
     ("exact", "Ann", ["ann"], 0),
     ("sub_em", "It was the Chief of Protocol, I think", ["Chief of Protocol"], 1),
     ("sub_em", "Chief Protocol", ["Chief of Protocol"], 0),
+    # Of "A" the rules leave nothing, which must not stand in every prediction.
+    ("sub_em", "B", ["A"], 0),
+    ("sub_em", "a.", ["A"], 1),
     # 2 shared words of 3 predicted and 2 wanted: 2 * 2 / 5.
     ("f1", "chief of protocol", ["chief protocol"], 0.8),
     # "to" counts twice of three times: 2 * 2 / (4 + 2).
