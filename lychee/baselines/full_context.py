@@ -92,7 +92,14 @@ class TextPages:
 
 
 class FullContext:
-    """Questions answered with the whole text in the prompt, over a LycheeMemory's decoder."""
+    """Questions answered with the whole text in the prompt, over a LycheeMemory's decoder.
+
+    Attributes:
+        build_seconds: what `answer` took to read its last text.
+        at_hand: whether it had been read before; every call of `answer` reads it.
+    """
+
+    build_seconds, at_hand = 0.0, False
 
     def __init__(self, model: LycheeMemory, *, sampling: Sampling = GREEDY):
         """
@@ -108,7 +115,6 @@ class FullContext:
         prompt = PromptTemplate.from_text(text, encode, ("text", "question"))
         (_, self.before_text), question = prompt.sections
         self.after_text = PromptTemplate([question], prompt.tail)
-        self.build_seconds, self.built = 0.0, True
 
     @torch.inference_mode()
     def read(self, text: Sequence[int]) -> TextCache:

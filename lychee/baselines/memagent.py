@@ -33,7 +33,13 @@ OnRead = Callable[[int, int, list[int], bool], None]
 
 
 class MemAgent:
-    """Questions answered by reading the whole text, over a LycheeMemory's decoder."""
+    """Questions answered by reading the whole text, over a LycheeMemory's decoder.
+
+    Attributes:
+        build_seconds, at_hand: of a text before its questions; there is nothing to do or to keep.
+    """
+
+    build_seconds, at_hand = 0.0, False
 
     def __init__(
         self, model: LycheeMemory, *, section: int | None = None, sampling: Sampling = GREEDY
@@ -62,7 +68,6 @@ class MemAgent:
                 f"section: expected 1 to {room} tokens, which leave room for prompt, question and "
                 f"notes in the model's {positions} positions, got {self.section}"
             )
-        self.build_seconds, self.built = 0.0, True
 
     def update(
         self, section: Sequence[int], questions: Sequence[Sequence[int]], notes: list[list[int]]

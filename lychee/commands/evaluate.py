@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 import sys
 from functools import lru_cache
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from lychee.commands.apps import AsJson, Model, app
-from lychee.commands.loading import load_libraries, load_model
+from lychee.commands.loading import check_bank_dtype, load_libraries, load_model
 from lychee.errors import InputError
 from lychee.progress import ProgressDisplay
 
@@ -117,19 +118,21 @@ def evaluate(
     names, methods = tasks.task_names(task), method or ["ours"]
     check_methods(methods)
     metrics.check_metrics(metric or [])
-    files, difficulty = tuple(files or ()), parse_settings(settings or [])
+    files, difficulty = tuple(dict.fromkeys(files or ())), parse_settings(settings or [])
     request = tasks.Request(files, questions, seed, None if split == WHOLE else split, difficulty)
     load = lru_cache(maxsize=1)(lambda at: load_model(model, at))
     gates = gates_of(gate_threshold or [], no_gate, compare_gate)
-    dtypes = bank_dtype or ["auto"]
+    for name in (dtypes := bank_dtype or ["auto"]):
+        check_bank_dtype(name)
     runs = harness.settings_of(
         methods, ratio or [None], dtypes, gates, passes, together, notes or [None]
     )
-    tokenizer = load(runs[0].ratio).tokenizer
-    cells = tasks.task_cells(names, length, request, tokenizer)
+    loaded = load(runs[0].ratio)
+    harness.check_settings(runs, loaded)
+    cells = tasks.task_cells(names, length, request, loaded.tokenizer)
     shared = {
         "model": harness.fingerprint(model),
-        "files": {file.name: digest_of(file) for file in files},
+        "files": {name: digest_of(file) for file, name in tasks.names_of(files).items()},
         "questions": questions,
         "seed": seed,
         "split": split,
@@ -144,7 +147,7 @@ def evaluate(
         dict.fromkeys(name for cell in cells for name in cell.breakdown),
         metric or [cells[0].metric if len({cell.metric for cell in cells}) == 1 else "score"],
     )
-    command, found = " ".join(["lychee", *sys.argv[1:]]), []
+    command, found = shlex.join(["lychee", *sys.argv[1:]]), []
     if not as_json:
         print(table.header, flush=True)
     with ProgressDisplay("Evaluating", "questions") as display:

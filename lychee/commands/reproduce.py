@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -87,17 +89,17 @@ def reproduce(
         field,
         CURVES if CURVES.is_file() else None,
     )
-    names = tasks.generated_task(task)
+    names, books = tasks.generated_task(task), tuple(dict.fromkeys(books or ()))
     load = lru_cache(maxsize=1)(lambda at: load_model(model, at))
     tokenizer = load(None).tokenizer
 
     def make_cells(lengths: Sequence[int], count: int) -> list[tasks.TaskCell]:
-        request = tasks.Request(tuple(books or ()), count, seed)
+        request = tasks.Request(books, count, seed)
         return tasks.task_cells(names, lengths, request, tokenizer)
 
     shared = {
         "model": harness.fingerprint(model),
-        "files": {book.name: digest_of(book) for book in books or ()},
+        "files": {name: digest_of(book) for book, name in tasks.names_of(books).items()},
         "task": task,
         "questions": plan.questions,
         "seed": seed,
@@ -110,6 +112,7 @@ def reproduce(
             out,
             shared,
             display,
+            command=shlex.join(["lychee", *sys.argv[1:]]),
             draw=plots,
         )
     print((out / "report.md").read_text(encoding="utf-8"), end="")

@@ -6,14 +6,14 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
 from lychee.data.task import TaskSample
 from lychee.errors import InputError, LycheeError
-from lychee.eval.methods import OURS, LastBank, Method, PeakMemory, make_method
+from lychee.eval.methods import KEEPING_NOTES, OURS, LastBank, Method, PeakMemory, make_method
 from lychee.eval.metrics import score
 from lychee.eval.records import Record, RecordFile, cell_key
 from lychee.eval.report import summarise
@@ -29,11 +29,12 @@ SAMPLED = 1 << 16
 
 @dataclass(frozen=True)
 class Setting:
-    """How questions are answered; what stands behind `method` is ours alone.
+    """How questions are answered; all but `method` and `notes` is ours alone.
 
     Attributes:
         ratio: None is the model's own.
-        bank_dtype, gate, passes, together, notes: see `Ours`.
+        bank_dtype, gate, passes, together: see `Ours`.
+        notes: tokens of the working memory at most; None is the model's own.
     """
 
     method: str = OURS
@@ -48,8 +49,24 @@ class Setting:
         """Of the method's class."""
         if self.method != OURS:
             return {}
-        names = ("bank_dtype", "gate", "passes", "together", "notes")
+        names = ("bank_dtype", "gate", "passes", "together")
         return {name: getattr(self, name) for name in names}
+
+    def check(self, model: LycheeMemory) -> None:
+        """Raise a LycheeError if this model, whatever its ratio, cannot answer so."""
+        memory = model.memory
+        if self.ratio is not None:
+            memory = replace(memory, ratio=self.ratio)
+        if self.gate not in ("auto", "off") and model.gate is None:
+            raise InputError(f"gate: expected a model that has one, to set {self.gate}, got none")
+        positions = model.decoder.config.max_position_embeddings
+        taken = memory.slots + len(model.reasoner.prompts.update) + memory.question
+        room = (positions - taken) // 2
+        if self.notes is not None and self.notes > room:
+            raise InputError(
+                f"notes: expected at most {room} tokens, twice which leave room for chunk, prompt "
+                f"and question in the model's {positions} positions, got {self.notes}"
+            )
 
 
 def settings_of(
@@ -61,7 +78,8 @@ def settings_of(
     together: int | None = None,
     notes: Sequence[int | None] = (None,),
 ) -> list[Setting]:
-    """Ours at every ratio, dtype of the bank, gate and size of notes, each other method once."""
+    """Ours at every ratio, dtype of the bank, gate and size of notes; each other method once, or
+    at every size of notes where it keeps any."""
     found = []
     for method in methods:
         if method == OURS:
@@ -70,8 +88,15 @@ def settings_of(
                 for ratio, dtype, gate, size in product(ratios, bank_dtypes, gates, notes)
             ]
         else:
-            found.append(Setting(method))
+            sizes = notes if method in KEEPING_NOTES else (None,)
+            found += [Setting(method, notes=size) for size in sizes]
     return found
+
+
+def check_settings(settings: Sequence[Setting], model: LycheeMemory) -> None:
+    """Raise a LycheeError for the first setting that the model cannot answer with."""
+    for setting in settings:
+        setting.check(model)
 
 
 def fingerprint(folder: Path | None) -> str:
@@ -113,7 +138,8 @@ def run(
         model, banks, methods = load(ratio), LastBank(), []
         for setting in group:
             options = setting.options() | ({"banks": banks} if setting.method == OURS else {})
-            methods.append((setting, make_method(setting.method, model, **options)))
+            limited = model if setting.notes is None else model.limited(size=setting.notes)
+            methods.append((setting, make_method(setting.method, limited, **options)))
         for cell in cells:
             heads = [head_of(cell, setting, model) for setting, _ in methods]
             for index, samples in enumerate(cell.texts()):
@@ -137,7 +163,7 @@ def head_of(cell: TaskCell, setting: Setting, model: LycheeMemory) -> Record:
         "ratio": model.memory.ratio if ours else None,
         "bank_dtype": setting.bank_dtype if ours else None,
         "gate": setting.gate if ours else None,
-        "notes": setting.notes if ours else None,
+        "notes": setting.notes,
     }
 
 
@@ -164,7 +190,7 @@ def answer_text(
             raise InputError(f"{place}: {head['method']}: {error}") from error
         seconds, used = time.perf_counter() - started, time.process_time() - used
     build = method.build_seconds
-    asked = seconds - build if method.built else seconds
+    asked = seconds if method.at_hand else seconds - build
     records = []
     for sample, answer in zip(samples, answers, strict=True):
         names = metrics or (sample.metric,)
@@ -189,7 +215,7 @@ def answer_text(
                 "ask_seconds": round(asked, 4),
                 "processor_seconds": round(used, 4),
                 # A bank that was at hand is not in the peak.
-                "peak_bytes": peak.bytes if method.built else None,
+                "peak_bytes": None if method.at_hand else peak.bytes,
             }
         )
     return records

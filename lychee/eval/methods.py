@@ -26,17 +26,21 @@ METHODS = {
     "memagent": ("lychee.baselines.memagent", "MemAgent"),
     "full_context": ("lychee.baselines.full_context", "FullContext"),
 }
+# Methods whose answer is given from notes.
+KEEPING_NOTES = (OURS, "memagent")
 STATUS, RESET_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class Method(Protocol):
     """Answers questions about a text.
 
-    `build_seconds` is the last call's time before questions, `built` whether it spent that time.
+    Attributes:
+        build_seconds: what the last text took before any question.
+        at_hand: whether it had been read before the last call, which then took none of them.
     """
 
     build_seconds: float
-    built: bool
+    at_hand: bool
 
     def answer(self, context: str, questions: Sequence[str]) -> list[Answer]: ...
 
@@ -50,15 +54,15 @@ class LastBank:
         self.seconds = 0.0
 
     def of(self, model: LycheeMemory, context: str, dtype: str) -> bool:
-        """Make it the bank of a text at the model's ratio; whether it was not so before."""
+        """Make it the bank of a text at the model's ratio; whether it was that before."""
         if self.key == (context, dtype):
-            return False
+            return True
         # Two banks of long texts may not fit.
         self.key = self.bank = None
         started = time.perf_counter()
         self.bank = model.remember(context, bank_dtype=dtype)
         self.key, self.seconds = (context, dtype), time.perf_counter() - started
-        return True
+        return False
 
 
 class Ours:
@@ -72,19 +76,16 @@ class Ours:
         gate: str = "auto",
         passes: int | None = None,
         together: int | None = None,
-        notes: int | None = None,
         banks: LastBank | None = None,
     ):
         """`gate`: auto is the model's own, off reads every chunk, a number is the threshold;
-        `notes`: tokens of the working memory at most, else the model's own; `banks`: shared with
-        others of the same model and ratio; see `ReadingOptions` for the others.
+        `banks`: shared with others of the same model and ratio; see `ReadingOptions` for the
+        others.
         """
         self.model, self.bank_dtype = model, bank_dtype
-        if notes is not None:
-            self.model = model.limited(size=notes)
         threshold = None if gate in ("auto", "off") else float(gate)
         self.reading = ReadingOptions(gate != "off", threshold, passes, together)
-        self.banks, self.built = banks or LastBank(), True
+        self.banks, self.at_hand = banks or LastBank(), False
 
     @property
     def build_seconds(self) -> float:
@@ -93,7 +94,7 @@ class Ours:
     def answer(self, context: str, questions: Sequence[str]) -> list[Answer]:
         for question in questions:
             self.model.encode_question(question)
-        self.built = self.banks.of(self.model, context, self.bank_dtype)
+        self.at_hand = self.banks.of(self.model, context, self.bank_dtype)
         return self.model.ask_many(self.banks.bank, questions, reading=self.reading)
 
 

@@ -49,6 +49,10 @@ class RecordFile:
             stored = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise InputError(f"{path}: expected the settings of a run, got: {error}") from error
+        if not isinstance(stored, dict):
+            raise InputError(
+                f"{path}: expected the settings of a run, got a {type(stored).__name__}"
+            )
         for name in settings:
             if stored.get(name) != settings[name]:
                 raise InputError(
@@ -59,7 +63,8 @@ class RecordFile:
 
     def _load(self, path: Path) -> None:
         """Take complete texts; what an interruption tore off goes, from the file as well."""
-        lines = path.read_text(encoding="utf-8").split("\n")
+        # What is not UTF-8 is no record either, and its line is named.
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
         torn = lines.pop()
         for number, line in enumerate(lines, 1):
             try:

@@ -10,10 +10,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lychee.documents import read_file
 from lychee.errors import InputError
 from lychee.eval import plots
 from lychee.eval.comparison import compare, share_of_processors
-from lychee.eval.harness import Load, Progress, Setting, run
+from lychee.eval.harness import Load, Progress, Setting, check_settings, run
 from lychee.eval.methods import OURS, known_methods
 from lychee.eval.records import CellKey, RecordFile, cell_key, replace_file
 from lychee.eval.report import Cell, Table, machine
@@ -71,9 +72,12 @@ def reproduce(
     shared: dict[str, Any],
     progress: Progress,
     *,
+    command: str = "",
     draw: bool = True,
 ) -> dict[str, Any]:
     """Run what has no record in `out` yet, and write reproduce.json, report.md and plots there.
+
+    `command` is what was called, for both reports.
 
     Short texts come first. The report is written after every cell, so that it is there, of what is
     finished, when a run is interrupted; the plots are drawn then as well.
@@ -84,8 +88,10 @@ def reproduce(
     records = RecordFile(out, shared)
     model = load(None)
     runs = runs_of(plan, make_cells, model.gate is not None)
+    check_settings([setting for setting, _ in runs], model)
     peer = with_positions(model, max(plan.lengths) + SPARE_POSITIONS)
     report = {
+        "command": command,
         "settings": shared | json.loads(json.dumps(asdict(plan), default=str)),
         "machine": machine(),
         "parameters": sum(weight.numel() for weight in model.decoder.parameters()),
@@ -152,7 +158,7 @@ def read_curves(plan: Plan) -> tuple[dict[str, list[plots.Points]], str]:
         )
     curves: dict[str, list[plots.Points]] = {name: [] for name in KINDS.values()}
     try:
-        for found in json.loads(plan.curves.read_text(encoding="utf-8"))["runs"]:
+        for found in json.loads(read_file(plan.curves).text)["runs"]:
             if found["kind"] in KINDS:
                 points = [(line["step"], line["accuracy"]) for line in found["evaluations"]]
                 curves[KINDS[found["kind"]]].append(points)
@@ -167,7 +173,7 @@ def read_curves(plan: Plan) -> tuple[dict[str, list[plots.Points]], str]:
 def read_curve(path: Path, field: str) -> plots.Points:
     """(step, value) of a training run's metrics; lines without the field are passed."""
     points = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_file(path).text.splitlines(), 1):
         try:
             found = json.loads(line)
             if field in found:
@@ -226,6 +232,8 @@ def write_report(report: dict[str, Any], plan: Plan, drawn: Sequence[Path]) -> s
     books = ", ".join(report["settings"]["files"]) or "the novel that comes with the project"
     lines = [
         "# The paper's figures at a small scale",
+        "",
+        f"    {report['command']}",
         "",
         "| | paper | here |\n|---|---|---|",
         *(f"| {row['what']} | {row['paper']} | {row['here']} |" for row in report["comparison"]),

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -75,6 +76,12 @@ MAKERS = dict.fromkeys(RULER_TASKS, (RulerMaker, ruler_setting, METRIC)) | dict.
     MULTI_HOP_TASKS, (MultiHopMaker, multi_hop_setting, "exact_match")
 )
 GENERATED = ["needles", *MAKERS]
+
+
+def names_of(files: Sequence[Path]) -> dict[Path, str]:
+    """What results call each file: its name, or all of its path where others have that name."""
+    taken = Counter(file.name for file in files)
+    return {file: file.name if taken[file.name] == 1 else str(file) for file in files}
 
 
 def task_names(names: str) -> list[str]:
@@ -162,7 +169,7 @@ def file_cells(
     for task in tasks:
         if lengths and task != "hotpotqa":
             raise InputError(f"{task}: length: expected none, as texts stay as they are in files")
-    cells = []
+    cells, names = [], names_of(request.files)
     for task, path, length in product(tasks, request.files, lengths or [None]):
         samples = list(read_samples(path, task))[: request.questions]
         used = {sample.metric for sample in samples}
@@ -171,7 +178,7 @@ def file_cells(
         texts = partial(iter, groups)
         if length is not None:
             texts = partial(longer_texts, path, length, request, count)
-        cells.append(TaskCell(task, path.name, length, len(samples), texts, metric))
+        cells.append(TaskCell(task, names[path], length, len(samples), texts, metric))
     return cells
 
 

@@ -94,6 +94,17 @@ def test_a_file_of_ones_own(evaluate, text, tmp_path):
     header, _, *rows = done.out.splitlines()
     assert header.startswith("| method | tokens | ratio | score |")
     assert [row.split(" | ")[0] for row in rows] == ["| ours", "| memagent"]
+    # RULER's files all have one name, and stand in folders.
+    other = tmp_path / "other" / path.name
+    other.parent.mkdir()
+    other.write_text(json.dumps(record | {"context": text[:500]}))
+    done = evaluate("own", path, other, other, "--json")
+    report = json.loads(done.out)
+    assert [(c["source"], c["questions"]) for c in report["cells"]] == [
+        (str(path), 2),
+        (str(other), 1),
+    ]
+    assert len(set(report["settings"]["files"].values())) == 2
     path.write_text(f"{json.dumps(record)}\n{{}}\n")
     done = evaluate("own", path)
     assert done.returncode == 2 and "own.jsonl: line 2: expected the field context" in done.err
@@ -115,6 +126,11 @@ def test_a_file_of_ones_own(evaluate, text, tmp_path):
         (("hops_2", "--split", "all"), "hops_2: split: expected one of train, validation, test"),
         (("own", "missing.jsonl"), "missing.jsonl: expected a text file, got: No such file"),
         (("vt", "--plots"), "--plots: expected --out DIR"),
+        (("vt", "--bank-dtype", "int4"), "bank-dtype: expected one of float32, float16, "),
+        (("vt", "--ratio", 4, "--ratio", 3), "ratio: expected a divisor of the window of 64"),
+        (("vt", "--gate-threshold", 0.5), "gate: expected a model that has one, to set 0.5"),
+        (("vt", "--notes", 99999), "notes: expected at most "),
+        (("vt", "--length", 10), "Invalid value for '--length': "),
     ],
 )
 def test_mistakes_are_one_line(evaluate, arguments, message):

@@ -8,9 +8,9 @@ import pytest
 
 from lychee.data.needles import NeedleMaker
 from lychee.data.task import TaskSample
-from lychee.errors import InputError
+from lychee.errors import InputError, LycheeError
 from lychee.eval import methods
-from lychee.eval.harness import Setting, run, settings_of, support_read
+from lychee.eval.harness import Setting, check_settings, run, settings_of, support_read
 from lychee.eval.methods import check_methods
 from lychee.eval.needles import BREAKDOWN, NeedleTexts, key_counts
 from lychee.eval.records import CELL, RECORDS, RecordFile, cell_key
@@ -178,6 +178,12 @@ def test_other_settings_and_broken_records_are_refused(cells, tiny_model, tmp_pa
     path.write_text("\n".join([lines[0], "{", *lines[1:], ""]))
     with pytest.raises(InputError, match=r"records\.jsonl: line 2: expected a record"):
         RecordFile(tmp_path, SHARED)
+    path.write_bytes(b"\xff\xfe\n")
+    with pytest.raises(InputError, match=r"records\.jsonl: line 1: expected a record"):
+        RecordFile(tmp_path, SHARED)
+    (tmp_path / "run.json").write_text("[1]")
+    with pytest.raises(InputError, match=r"run\.json: expected the settings of a run, got a list"):
+        RecordFile(tmp_path, SHARED)
 
 
 def test_what_cannot_be_asked_is_named(tiny_model):
@@ -201,8 +207,40 @@ def test_methods_and_settings():
         Setting("ours", 4, "int8", "off", 2),
         Setting("memagent"),
     ]
+    names = ["ours", "memagent", "full_context"]
+    found = [(setting.method, setting.notes) for setting in settings_of(names, notes=[4, 8])]
+    both = [(name, size) for name in ("ours", "memagent") for size in (4, 8)]
+    assert found == [*both, ("full_context", None)]
     with pytest.raises(InputError, match="method: expected one of ours.*, got 'guess'"):
         check_methods(["ours", "guess"])
+
+
+def test_settings_beyond_the_model_are_refused_before_anything_runs(tiny_model):
+    check_settings(settings_of(["ours", "memagent"], [2, 8], notes=[100]), tiny_model)
+    for setting, message in (
+        (Setting(ratio=0), "ratio: expected a divisor of the window of .*, got 0"),
+        (Setting(gate="0.5"), "gate: expected a model that has one, to set 0.5, got none"),
+        (Setting(notes=10**6), r"notes: expected at most \d+ tokens, .* positions, got 1000000"),
+        (Setting("memagent", notes=10**6), r"notes: expected at most \d+ tokens"),
+    ):
+        with pytest.raises(LycheeError, match=message):
+            check_settings([Setting(), setting], tiny_model)
+    # Old and new notes, beside a chunk and the longest question, fill the positions and no more.
+    question = [0] * tiny_model.memory.question
+    turn = tiny_model.memory.slots + len(tiny_model.reasoner.prompts.update.render(question, []))
+    room = (tiny_model.decoder.config.max_position_embeddings - turn) // 2
+    check_settings([Setting(notes=room)], tiny_model)
+    with pytest.raises(InputError, match=f"notes: expected at most {room} tokens"):
+        check_settings([Setting(notes=room + 1)], tiny_model)
+
+
+def test_every_method_keeps_notes_of_the_size_asked_for(cells, tiny_model):
+    settings = settings_of(["ours", "memagent"], notes=[1, 8])
+    records = RecordFile(None, SHARED)
+    found = list(run(cells[:1], settings, lambda _: tiny_model, records))
+    assert [(cell["method"], cell["notes"]) for cell in found] == [
+        (name, size) for name in ("ours", "memagent") for size in (1, 8)
+    ]
 
 
 def test_what_was_read_is_held_against_what_supports():
