@@ -72,7 +72,7 @@ def reproduce(
     shared: dict[str, Any],
     progress: Progress,
     *,
-    command: str = "",
+    command: str,
     draw: bool = True,
 ) -> dict[str, Any]:
     """Run what has no record in `out` yet, and write reproduce.json, report.md and plots there.

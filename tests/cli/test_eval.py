@@ -3,6 +3,7 @@
 
 import json
 import re
+import shlex
 import sys
 from types import SimpleNamespace
 
@@ -149,6 +150,7 @@ def test_reproduction_at_its_smallest(run, model_folder, book_file, tmp_path):
     done = run(*call)
     assert done.returncode == 0, done.err
     report = json.loads((out / "reproduce.json").read_text())
+    assert report["command"] == shlex.join(["lychee", *map(str, call)])
     ran = {(cell["method"], cell["length"], cell["ratio"]) for cell in report["cells"]}
     ours = {("ours", length, 4) for length in (512, 1024)} | {("ours", 1024, 16)}
     others = {(name, n, None) for name in ("memagent", "full_context") for n in (512, 1024)}
@@ -162,8 +164,17 @@ def test_reproduction_at_its_smallest(run, model_folder, book_file, tmp_path):
     )
     assert here["ratio"].count("%") == 2 and here["bank dtype"].count("%") == 1
     markdown = (out / "report.md").read_text()
+    assert f"    {report['command']}\n" in markdown
     assert done.out == markdown and "| speed | up to 6x faster than MemAgent |" in markdown
     assert run(*call).out == markdown
+
+
+def test_a_reproduction_is_refused_before_anything_runs(run, model_folder, book_file, tmp_path):
+    call = ("bench", "reproduce", book_file, "--quick", "--no-plots", "--ratio", 3)
+    done = run(*call, "--out", tmp_path / "out", "--model", model_folder)
+    assert done.returncode == 2 and done.out == "" and len(done.err.splitlines()) == 1
+    assert "ratio: expected a divisor of the window of 64 tokens, got 3" in done.err
+    assert not (tmp_path / "out" / "records.jsonl").exists()
 
 
 def test_other_methods_are_run_beyond_the_positions_of_the_model(
