@@ -72,7 +72,7 @@ def summarise(records: Sequence[Record], breakdown: dict[str, dict[str, Any]]) -
         "build_seconds": build,
         "ask_seconds": ask,
         "answer_seconds": build + ask,
-        "processor_seconds": fmean(record.get("processor_seconds", 0.0) for record in firsts),
+        "processor_seconds": fmean(record["processor_seconds"] for record in firsts),
         "chunks": fmean(record["chunks"] for record in records),
         "chunks_read": fmean(record["chunks_read"] for record in records),
         **support_of(records),

@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -109,6 +110,17 @@ def test_a_file_of_ones_own(evaluate, text, tmp_path):
     path.write_text(f"{json.dumps(record)}\n{{}}\n")
     done = evaluate("own", path)
     assert done.returncode == 2 and "own.jsonl: line 2: expected the field context" in done.err
+
+
+def test_a_published_format_runs_with_every_method(evaluate):
+    path = Path(__file__).parents[1] / "data" / "ruler_hqa.json"
+    methods = ("ours", "memagent", "full_context")
+    done = evaluate("ruler_hqa", path, *(f"--method={name}" for name in methods), "--json")
+    assert done.returncode == 0, done.err
+    cells = json.loads(done.out)["cells"]
+    assert [(c["method"], c["questions"], c["metric"]) for c in cells] == [
+        (name, 2, "sub_em") for name in methods
+    ]
 
 
 @pytest.mark.parametrize(

@@ -266,6 +266,7 @@ def test_times_of_a_text_count_once():
         "support_chunks": None,
         "support_read": None,
         "chunks_read": 1,
+        "processor_seconds": 1.0,
         "scores": {"f1": 0.5},
     }
     texts = [(0, 1.0, 3.0, 10), (0, 1.0, 3.0, 10), (1, 3.0, 6.0, None)]
