@@ -65,7 +65,7 @@ def hotpotqa(record: Record) -> TaskSample:
 
 
 def parse(record: Record) -> HotpotQuestion:
-    context, facts = record.get("context"), record.get("supporting_facts")
+    context, facts = record.get("context"), record.get("supporting_facts") or []
     if isinstance(context, dict):
         context = columns(record, "context", context, "title", "sentences")
     if isinstance(facts, dict):
@@ -79,15 +79,18 @@ def parse(record: Record) -> HotpotQuestion:
         if not isinstance(title, str) or not lines:
             raise record.error(f"context[{number}]", "[title, sentences]", entry)
         documents[title] = tuple(sentences)
-    for fact in facts or []:
+    if not isinstance(facts, list):
+        raise record.error("supporting_facts", "a list", facts)
+    for fact in facts:
         title, index = fact if isinstance(fact, list) and len(fact) == 2 else (None, None)
-        if title not in documents or type(index) is not int or index < 0:
+        known = isinstance(title, str) and title in documents
+        if not known or type(index) is not int or index < 0:
             raise record.error("supporting_facts", "[title of the context, number]", fact)
     return HotpotQuestion(
         record.text("question"),
         record.answers("answer", "answers"),
         tuple(documents.items()),
-        tuple((title, index) for title, index in facts or []),
+        tuple((title, index) for title, index in facts),
         record.place,
     )
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lychee.documents import read_file
+from lychee.documents import is_text, read_file
 from lychee.errors import InputError
 
 
@@ -44,9 +44,19 @@ class Record:
                 f"{self.place}: expected the field {' or '.join(names)}, got only "
                 f"{', '.join(sorted(self.fields)) or 'an empty record'}"
             )
-        if not isinstance(value, str) or not value.strip():
-            raise self.error(names[0], "non-empty text", value)
+        return self.checked(names[0], value)
+
+    def checked(self, field: str, value: Any) -> str:
+        """A value that must be text, as halves of surrogate pairs are not."""
+        if not isinstance(value, str) or not value.strip() or not is_text(value):
+            raise self.error(field, "non-empty text", value)
         return value
+
+    def list_of(self, name: str) -> list[Any]:
+        """A field that holds a list where it is there."""
+        if not isinstance(found := self.get(name) or [], list):
+            raise self.error(name, "a list", found)
+        return found
 
     def answers(self, *names: str) -> tuple[str, ...]:
         """A field with one answer or a list of them."""
@@ -66,8 +76,9 @@ def read_records(path: Path) -> Iterator[tuple[Any, str]]:
     if text.lstrip().startswith("["):
         try:
             records = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise broken(f"{path}: line {error.lineno}", error) from error
+        except (ValueError, RecursionError) as error:
+            line = f": line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+            raise broken(f"{path}{line}", error) from error
         for number, fields in enumerate(records, 1):
             yield fields, f"{path}: record {number}"
         return
@@ -75,9 +86,13 @@ def read_records(path: Path) -> Iterator[tuple[Any, str]]:
         if line.strip():
             try:
                 yield json.loads(line), f"{path}: line {number}"
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise broken(f"{path}: line {number}", error) from error
 
 
-def broken(place: str, error: json.JSONDecodeError) -> InputError:
-    return InputError(f"{place}: expected JSON, got: {error.msg} at column {error.colno}")
+def broken(place: str, error: ValueError | RecursionError) -> InputError:
+    """Of JSON that is none, is nested too deep, or has a number of thousands of digits."""
+    what = error
+    if isinstance(error, json.JSONDecodeError):
+        what = f"{error.msg} at column {error.colno}"
+    return InputError(f"{place}: expected JSON, got: {what}")

@@ -14,6 +14,7 @@ from pathlib import Path
 from lychee.data.hotpotqa import hotpotqa
 from lychee.data.json_records import Record, read_records
 from lychee.data.task import Span, TaskSample
+from lychee.documents import is_text
 from lychee.errors import InputError
 from lychee.eval.metrics import METRICS
 
@@ -42,9 +43,9 @@ def ruler_hqa(record: Record) -> TaskSample:
             prompt = prompt[-1].get("content")
         if not isinstance(prompt, str) or not prompt.strip():
             raise record.error("prompt", "a chat whose last message has content", prompt)
-        question = prompt
-    elif not isinstance(question, str) or not question.strip():
-        raise record.error("question", "non-empty text", question)
+        question = record.checked("prompt", prompt)
+    else:
+        question = record.checked("question", question)
     answers = record.answers("reward_model.ground_truth", "answers")
     known = {name: record.get(f"extra_info.{name}") for name in ("index", "num_docs")}
     details = {name: value for name, value in known.items() if value is not None}
@@ -58,7 +59,8 @@ def ruler(record: Record) -> TaskSample:
     record's, or what the file or its folder is called, as in qa_1/validation.jsonl; questions of QA
     want any of their answers, all others want all.
     """
-    prefix = record.get("answer_prefix") or ""
+    if not isinstance(prefix := record.get("answer_prefix") or "", str):
+        raise record.error("answer_prefix", "text", prefix)
     if record.get("context") is not None:
         context, question = record.text("context"), record.text("question")
     else:
@@ -84,7 +86,7 @@ def longbench(record: Record) -> TaskSample:
     if name not in LONGBENCH_METRICS:
         raise record.error("dataset", f"one of {', '.join(LONGBENCH_METRICS)}", name)
     question = record.get("input")
-    if not isinstance(question, str):
+    if not isinstance(question, str) or not is_text(question):
         raise record.error("input", "text", question)
     return TaskSample(
         f"longbench_{name}",
@@ -103,10 +105,10 @@ def own(record: Record) -> TaskSample:
     """
     context = record.text("context")
     metric = record.get("metric") or "sub_em"
-    if metric not in METRICS:
+    if not isinstance(metric, str) or metric not in METRICS:
         raise record.error("metric", f"one of {', '.join(METRICS)}", metric)
     support: list[Span] = []
-    for span in record.get("support") or []:
+    for span in record.list_of("support"):
         whole = isinstance(span, list) and len(span) == 2 and all(type(n) is int for n in span)
         if not whole or not 0 <= span[0] < span[1] <= len(context):
             raise record.error("support", f"[start, stop] within 0 to {len(context)}", span)

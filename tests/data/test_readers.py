@@ -183,6 +183,13 @@ def test_every_format_names_line_and_field_of_a_broken_record(tmp_path, form, li
         ("own", {"metric": "bleu"}, "metric: expected one of exact_match, .*, got 'bleu'"),
         ("own", {"support": [[0, 99]]}, r"support: expected \[start, stop\] within 0 to 7"),
         ("own", {"question": 3}, "question: expected non-empty text, got 3"),
+        ("own", {"question": "\ud800"}, "question: expected non-empty text, got "),
+        ("own", {"metric": ["f1"]}, r"metric: expected one of exact_match, .*, got \['f1'\]"),
+        ("own", {"support": 5}, "support: expected a list, got 5"),
+        ("ruler_hqa", {"question": "\ud800"}, "question: expected non-empty text, got "),
+        ("ruler_file", {"answer_prefix": 3}, "answer_prefix: expected text, got 3"),
+        ("hotpotqa", {"supporting_facts": 3}, "supporting_facts: expected a list, got 3"),
+        ("hotpotqa", {"supporting_facts": [[["A"], 0]]}, "supporting_facts: expected .title"),
     ],
 )
 def test_what_a_field_must_hold_is_said(tmp_path, form, change, message):
@@ -193,6 +200,9 @@ def test_what_a_field_must_hold_is_said(tmp_path, form, change, message):
 def test_broken_json_and_empty_files_are_named(tmp_path):
     with pytest.raises(InputError, match=r"data\.jsonl: line 2: expected JSON, got: "):
         read(tmp_path, "own", GOOD["own"], "{'context'")
+    for text in ("[" * 100_000, '{"context": ' + "1" * 5000 + "}"):
+        with pytest.raises(InputError, match=r"data\.jsonl: (line 1: )?expected JSON, got: "):
+            read(tmp_path, "own", text)
     with pytest.raises(InputError, match=r"data\.jsonl: expected at least one record, got none"):
         read(tmp_path, "own", "")
     with pytest.raises(InputError, match="format: expected one of ruler_hqa, .*, got 'csv'"):
