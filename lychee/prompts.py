@@ -102,6 +102,16 @@ class ReadingPrompts:
     no_memory: list[int]
     stop: frozenset[int]
 
+    @property
+    def end(self) -> int:
+        """The id that training puts at the end of a turn: the lowest where several end it."""
+        if not self.stop:
+            raise MemoryConfigError(
+                "config: eos_token_id: expected a token that ends a turn, got none",
+                "add it to the model's config.json",
+            )
+        return min(self.stop)
+
     @classmethod
     def of_checkpoint(
         cls, tokenizer: TextTokenizer, templates: dict[str, str], stop: Iterable[int]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from lychee.data.episodes import EpisodeBatch, Question
-from lychee.data.task import TaskSample, split_of
+from lychee.data.task import TaskSample, split_of, tokens_of
 from lychee.errors import InputError
 from lychee.tokenizer import TextTokenizer
 
@@ -37,10 +37,8 @@ def encode_samples(
     encoded = []
     for sample in samples:
         text, offsets = tokenizer.encode_with_offsets(sample.context)
-        support = []
-        for start, stop in sample.support:
-            tokens = [i for i, (a, b) in enumerate(offsets) if a < stop and start < b]
-            support += [(tokens[0], tokens[-1] + 1)] if tokens else []
+        touched = (tokens_of(span, offsets) for span in sample.support)
+        support = [tokens for tokens in touched if tokens is not None]
         question = tokenizer.encode(sample.question.strip())
         if len(question) > longest:
             raise InputError(

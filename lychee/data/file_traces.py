@@ -11,11 +11,9 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from lychee.config import MemoryConfig
-from lychee.data.recall import RecallBatch, Turn, pad_turns
-from lychee.data.task import TaskSample
+from lychee.data.recall import RecallBatch, Turn, make_batch
+from lychee.data.task import TaskSample, tokens_of
 from lychee.errors import InputError
 from lychee.prompts import ReadingPrompts
 from lychee.tokenizer import TextTokenizer
@@ -56,7 +54,7 @@ class FileTraces:
             InputError: a record without supporting sentences, or none that fits.
         """
         self.tokenizer, self.prompts, self.random = tokenizer, prompts, draw
-        (self.end,) = sorted(prompts.stop)[:1]
+        self.end = prompts.end
         traces = [self.trace(sample) for sample in samples]
         self.traces = [trace for trace in traces if fits(trace, memory)]
         left_out = len(traces) - len(self.traces)
@@ -77,10 +75,9 @@ class FileTraces:
             raise InputError(f"{place}: expected supporting sentences to train on, got none")
         text, offsets = self.tokenizer.encode_with_offsets(sample.context)
         sentences, spans = [], []
-        for start, stop in sorted(set(sample.support)):
-            tokens = [i for i, (a, b) in enumerate(offsets) if a < stop and start < b]
-            spans.append((tokens[0], tokens[-1] + 1) if tokens else (0, 0))
-            sentences.append(self.encode(sample.context[start:stop]))
+        for span in sorted(set(sample.support)):
+            spans.append(tokens_of(span, offsets) or (0, 0))
+            sentences.append(self.encode(sample.context[slice(*span)]))
         question = self.tokenizer.encode(sample.question.strip())
         return Trace(list(text), question, self.encode(sample.answers[0]), sentences, spans)
 
@@ -97,8 +94,7 @@ class FileTraces:
             turns += [self.update_turn(trace, told) for _ in range(questions)]
         for _ in range(max(1, len(turns) // 8)):
             final.append(self.final_turn())
-        cases = [turn.case for turn in turns]
-        return RecallBatch(torch.tensor(chunks), *pad_turns(turns), cases, *pad_turns(final))
+        return make_batch(chunks, turns, final)
 
     def place(self, trace: Trace, length: int) -> tuple[list[int], list[bool]]:
         """`length` tokens of a record, longer by others' texts, and which sentences it holds."""

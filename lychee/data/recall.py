@@ -96,7 +96,7 @@ class RecallSampler:
     ):
         self.tokenizer = tokenizer
         self.prompts = prompts
-        (self.end,) = prompts.stop
+        self.end = prompts.end
         self.books = books
         self.random = seed if isinstance(seed, random.Random) else random.Random(seed)
         self.makers = {

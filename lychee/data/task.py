@@ -44,6 +44,16 @@ class TaskSample:
         ]
 
 
+def tokens_of(span: Span, offsets: Iterable[Span]) -> Span | None:
+    """The tokens [first, last + 1) that a span of characters touches; None if it touches none.
+
+    `offsets` are the characters that each token came from.
+    """
+    start, stop = span
+    touched = [index for index, (a, b) in enumerate(offsets) if a < stop and start < b]
+    return (touched[0], touched[-1] + 1) if touched else None
+
+
 def split_of(name: str) -> str:
     """The split a name, value or piece of text belongs to: always the same, by its hash."""
     place = zlib.crc32(name.encode("utf-8", "surrogatepass")) % 10

@@ -150,16 +150,16 @@ class TraceSampler(RecallSampler):
     def world_turn(self, world: World, chains: list[Chain], mixture: TraceMixture) -> Turn:
         """One of the questions at a state of its notes, where the chunk helps or does not."""
         draw = self.random
-        helped = draw.random() < mixture.progress
-        states = [
-            (chain, known)
-            for chain in chains
-            for known in self.states(chain.question)
-            if any(t and not k for t, k in zip(self.usable(chain, known), known, strict=True))
-            == helped
-        ]
-        if not states:
-            return self.world_turn(world, chains, mixture)
+        states: list[tuple[Chain, tuple[bool, ...]]] = []
+        while not states:
+            helped = draw.random() < mixture.progress
+            states = [
+                (chain, known)
+                for chain in chains
+                for known in self.states(chain.question)
+                if any(t and not k for t, k in zip(self.usable(chain, known), known, strict=True))
+                == helped
+            ]
         if draw.random() < TEMPTED_SHARE:
             states = [
                 (chain, known) for chain, known in states if self.tempted(chain, known)
