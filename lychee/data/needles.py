@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from lychee.errors import InputError
+
 KINDS = ("number", "word")
 
 ATTRIBUTES = {
@@ -97,7 +99,11 @@ class NeedleMaker:
 
     def __init__(self, words: list[str], seed: int | random.Random = 0, *, single: bool = False):
         if len(words) < 16:
-            raise ValueError(f"needles: expected at least 16 words to draw from, got {len(words)}")
+            raise InputError(
+                f"words: expected at least 16 common ones of the books to draw from, "
+                f"got {len(words)}",
+                "give more or longer books",
+            )
         self.words = words
         self.random = seed if isinstance(seed, random.Random) else random.Random(seed)
         self.single = single

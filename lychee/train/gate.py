@@ -19,15 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lychee.compressor import Compressor, MemoryTensors, TensorSink
-from lychee.data.needles import Needle, word_list
+from lychee.data.needles import Needle
 from lychee.data.recall import IGNORED, Mixture, RecallBatch, Turn
 from lychee.data.texts import long_enough
 from lychee.data.traces import TraceSampler
 from lychee.gate import Gate, GateConfig
 from lychee.memory_model import LycheeMemory
 from lychee.train.metrics import Value
-from lychee.train.pretrain import PretrainBatch, Pretraining
-from lychee.train.sft import RARE_COUNT, RARE_LENGTHS, SupervisedRecipe
+from lychee.train.pretrain import PretrainBatch
+from lychee.train.sft import SupervisedRecipe, SupervisedTraining
 
 # Turns after which the notes are as before, because the chunk tells nothing that they miss.
 NOTHING_NEW = frozenset({"absent", "kept", "known", "hops0"})
@@ -68,6 +68,13 @@ class GateRecipe(SupervisedRecipe):
             raise ValueError("lora: expected none, as the gate has adapters of its own")
         if not all(stage.recall for stage in self.stages):
             raise ValueError("recall: expected above 0 in every stage, got 0")
+        for index, stage in enumerate(self.stages, start=1):
+            for name in ("language", "recite", "continuation"):
+                if weight := getattr(stage, name):
+                    raise ValueError(
+                        f"stage[{index}].{name}: expected 0, as a gate learns from recall alone, "
+                        f"got {weight}"
+                    )
 
 
 class GateSampler(TraceSampler):
@@ -83,34 +90,24 @@ class GateSampler(TraceSampler):
         return Turn(self.prompts.update.render(question, notes), [*notes, self.end], "known")
 
 
-class GateTraining(Pretraining):
+class GateTraining(SupervisedTraining):
     """The decoder stays as it is; `modules` has the gate beside it."""
 
     kind = "gate"
     recipe_type = GateRecipe
+    sampler_type = GateSampler
 
     def prepare(self) -> None:
         cuts = [round(len(text) * (1 - self.recipe.held_out)) for text in self.texts]
         held_out = [text[cut:] for text, cut in zip(self.texts, cuts, strict=True)]
         self.texts = [text[:cut] for text, cut in zip(self.texts, cuts, strict=True)]
         super().prepare()
-        self.sampler = self.new_sampler(self.texts, self.random)
+        encode, longest = self.tokenizer.encode, max(s.chunk for s in self.recipe.stages) + 1
+        books = long_enough([encode(text) for text in held_out], longest, encode("\n\n"))
         draw = random.Random(self.recipe.seed + VALIDATION_SEED)
-        self.validation = self.new_sampler(held_out, draw)
+        self.validation = self.new_sampler(books, draw)
         self.gate = Gate(self.decoder, self.recipe.gate, self.recipe.seed)
         self.modules["gate"] = self.gate
-
-    def new_sampler(self, texts: list[str], draw: random.Random) -> GateSampler:
-        encode = self.tokenizer.encode
-        longest = max(stage.chunk for stage in self.recipe.stages) + 1
-        return GateSampler(
-            self.tokenizer,
-            self.model.reasoner.prompts,
-            long_enough([encode(text) for text in texts], longest, encode("\n\n")),
-            word_list(self.texts, encode),
-            draw,
-            rare_words=word_list(self.texts, encode, RARE_COUNT, RARE_LENGTHS),
-        )
 
     def trains(self, name: str) -> bool:
         return name.startswith("gate.")

@@ -19,9 +19,10 @@ from torch import Tensor
 from lychee.compressor import TensorSink
 from lychee.data.file_traces import FileTraces
 from lychee.data.needles import word_list
-from lychee.data.recall import Mixture, RecallBatch, RecallSampler
+from lychee.data.recall import INITIAL_SHARE, Mixture, RecallBatch, RecallSampler
 from lychee.data.texts import TextTurns, Turns, long_enough
 from lychee.errors import InputError
+from lychee.train.checks import check_shares
 from lychee.train.metrics import Value
 from lychee.train.reading import Reader
 from lychee.train.recipe import Recipe, Stage
@@ -29,8 +30,6 @@ from lychee.train.run import TrainingRun
 
 FINAL_TURN_WEIGHT = 0.3
 WEIGHTS = ("recall", "language", "recite", "continuation")
-# More groups pad less, fewer run larger products; three were fastest on one core.
-LENGTH_GROUPS = 3
 
 
 @dataclass(frozen=True)
@@ -77,9 +76,15 @@ class PretrainStage(Stage):
                 raise ValueError(f"{name}: expected a weight of at least 0, got {weight}")
         if not any(weights.values()):
             raise ValueError(f"recall: expected one of {', '.join(WEIGHTS)} above 0, got none")
-        if bool(self.recall) != bool(self.questions):
+        if self.questions < 0 or bool(self.recall) != bool(self.questions):
             wanted = "at least 1 where recall is trained" if self.recall else "0 where recall is 0"
             raise ValueError(f"questions: expected {wanted}, got {self.questions}")
+        if not 0 <= self.facts[0] <= self.facts[1]:
+            raise ValueError(f"facts: expected two counts from 0 up, got {list(self.facts)}")
+        check_shares(self, ("short", "single", "numbers", "confusable"))
+        if not 0 <= self.noted <= 1 - INITIAL_SHARE:
+            most = 1 - INITIAL_SHARE
+            raise ValueError(f"noted: expected a share of 0 to {most}, got {self.noted}")
         for name in ("chunk", "batch", "span"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
@@ -177,13 +182,12 @@ class Pretraining(TrainingRun):
             )
         share = self.recipe.data.share if self.recipe.data else 0
         if share < 1 and any(stage.recall for stage in stages):
-            self.sampler = RecallSampler(
-                self.tokenizer,
-                self.model.reasoner.prompts,
-                self.books,
-                word_list(self.texts, self.tokenizer.encode),
-                self.random,
-            )
+            self.sampler = self.new_sampler(self.books, self.random)
+
+    def new_sampler(self, books: list[list[int]], draw: random.Random) -> RecallSampler:
+        """What generates chunks with facts, in books as token ids."""
+        words = word_list(self.texts, self.tokenizer.encode)
+        return RecallSampler(self.tokenizer, self.model.reasoner.prompts, books, words, draw)
 
     @property
     def stage(self) -> PretrainStage:

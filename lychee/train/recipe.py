@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 import types
 import typing
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from lychee.errors import InputError
+from lychee.train.checks import check_memory, check_model
 
 # A list of tables is written as several tables of one name.
 NAMES_IN_FILE = {"stages": "stage"}
@@ -31,6 +33,9 @@ class Stage:
     def __post_init__(self):
         if self.steps < 1:
             raise ValueError(f"steps: expected at least 1, got {self.steps}")
+        if not all(0 <= rate < math.inf for rate in self.learning_rate):
+            rates = list(self.learning_rate)
+            raise ValueError(f"learning_rate: expected numbers of at least 0, got {rates}")
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,8 @@ class LoraSettings:
     def __post_init__(self):
         if self.rank < 1:
             raise ValueError(f"rank: expected at least 1, got {self.rank}")
+        if not 0 < self.alpha < math.inf:
+            raise ValueError(f"alpha: expected a number above 0, got {self.alpha}")
         if not self.targets:
             raise ValueError("targets: expected names of projections, got none")
 
@@ -56,7 +63,8 @@ class DataSettings:
     """[data]: files of questions with their texts, as `lychee.data.readers` reads them.
 
     `files` are names or patterns in the folder of books, `format` one of the readers' formats, and
-    `share` is that of batches made from them.
+    `share` is that of batches made from them; rl takes them alone. All but rl need records whose
+    supporting sentences are known, as HotpotQA's are.
     """
 
     files: tuple[str, ...]
@@ -123,9 +131,25 @@ class Recipe:
             )
         if self.lora is not None and self.model is not None:
             raise ValueError("lora: expected a model folder to start from, got [model]")
+        if self.model is not None:
+            check_model(self.model)
+        check_memory(self.memory)
+        self.check_optimizer()
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed: expected 0 or more and less than 2 ** 63, got {self.seed}")
         for name in ("threads", "save_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+
+    def check_optimizer(self) -> None:
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps: expected 0 or more, got {self.warmup_steps}")
+        if not self.clip > 0:
+            raise ValueError(f"clip: expected a norm above 0, got {self.clip}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas: expected 0 or more and less than 1, got {list(self.betas)}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay: expected 0 or more, got {self.weight_decay}")
 
     @classmethod
     def load(cls, path: Path) -> Self:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from lychee.data.episodes import EpisodeShape
+from lychee.train.checks import check_hops, check_shares
 from lychee.train.recipe import Recipe, Stage
 
 
@@ -28,8 +29,8 @@ class ReinforcementStage(EpisodeShape, Stage):
                 raise ValueError(f"{name}: expected at least {smallest}, got {getattr(self, name)}")
         if not 1 <= self.facts[0] <= self.facts[1]:
             raise ValueError(f"facts: expected two counts from 1 up, got {list(self.facts)}")
-        if not any(weight > 0 for weight in self.hops):
-            raise ValueError(f"hops: expected a weight above 0, got {list(self.hops)}")
+        check_hops(self.hops)
+        check_shares(self, ("confusable", "numbers", "worlds"))
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 
 from lychee.data.needles import word_list
 from lychee.data.traces import TraceMixture, TraceSampler
+from lychee.train.checks import check_hops, check_shares
 from lychee.train.pretrain import Pretraining, PretrainRecipe, PretrainStage
 
 # Tokens of the longer words that keys and values may have.
@@ -24,6 +26,14 @@ class SupervisedStage(PretrainStage):
     progress: float = TraceMixture.progress
     surnames: float = TraceMixture.surnames
     plain: float = TraceMixture.plain
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_hops(self.hops)
+        check_shares(self, ("worlds", "rare", "comparisons", "surnames", "plain"))
+        # A chunk may tell nothing that helps; then there must be other turns to draw.
+        if not 0 <= self.progress < 1:
+            raise ValueError(f"progress: expected a share below 1, got {self.progress}")
 
     @property
     def mixture(self) -> TraceMixture:
@@ -43,17 +53,15 @@ class SupervisedTraining(Pretraining):
 
     kind = "sft"
     recipe_type = SupervisedRecipe
+    sampler_type = TraceSampler
 
-    def prepare(self) -> None:
-        super().prepare()
-        if self.sampler is None:
-            return
-        words = word_list(self.texts, self.tokenizer.encode)
-        self.sampler = TraceSampler(
+    def new_sampler(self, books: list[list[int]], draw: random.Random) -> TraceSampler:
+        encode = self.tokenizer.encode
+        return self.sampler_type(
             self.tokenizer,
             self.model.reasoner.prompts,
-            self.books,
-            words,
-            self.random,
-            rare_words=word_list(self.texts, self.tokenizer.encode, RARE_COUNT, RARE_LENGTHS),
+            books,
+            word_list(self.texts, encode),
+            draw,
+            rare_words=word_list(self.texts, encode, RARE_COUNT, RARE_LENGTHS),
         )

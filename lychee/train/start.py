@@ -33,7 +33,12 @@ def find_files(folder: Path | None, patterns: tuple[str, ...]) -> list[Path]:
         return []
     paths: dict[Path, None] = {}
     for pattern in patterns:
-        found = sorted(path for path in folder.glob(pattern) if path.is_file())
+        try:
+            found = sorted(path for path in folder.glob(pattern) if path.is_file())
+        except (NotImplementedError, ValueError) as error:
+            raise InputError(
+                f"books: expected a name or pattern inside {folder}, got {pattern!r}"
+            ) from error
         if not found:
             raise InputError(f"{folder}: expected the recipe's books, got no {pattern}")
         paths |= dict.fromkeys(found)
@@ -76,6 +81,16 @@ def new_model(recipe: Recipe, texts: list[str], folder: Path) -> LycheeMemory:
     memory = memory_config(recipe.memory)
     raw = recipe.model | memory.to_dict()
     config = ModelConfig.from_dict(raw)
+    if (size := tokenizer.backend.get_vocab_size()) > config.vocab_size:
+        raise InputError(
+            f"model.vocab_size: expected at least {size}, the tokens of {folder}/tokenizer.json, "
+            f"got {config.vocab_size}"
+        )
+    if max(config.eos_token_ids) >= size:
+        raise InputError(
+            f"model.eos_token_id: expected one of the tokenizer's {size} tokens, "
+            f"got {max(config.eos_token_ids)}"
+        )
     return LycheeMemory(new_decoder(config, memory.param, recipe.seed), tokenizer, raw, memory)
 
 

@@ -2,7 +2,6 @@
 """Training the gate: labels, threshold, learning, resuming, and what a finished run writes."""
 
 import json
-import random
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from small_run import MODEL
 from lychee import LycheeMemory
 from lychee.errors import InputError, MemoryConfigError
 from lychee.prompts import PromptTemplate
-from lychee.tokenizer import TextTokenizer
 from lychee.train.gate import GateRecipe, GateTraining, calibrate, score_turns
 
 RECIPE = f"""
@@ -40,18 +38,6 @@ questions = 8
 facts = [0, 3]
 learning_rate = [5e-3, 1e-4]
 """
-
-
-@pytest.fixture(scope="module")
-def books(tmp_path_factory):
-    """A folder with one book of few words, each often enough to become a token."""
-    draw = random.Random(0)
-    words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=5)) for _ in range(100)]
-    text = " ".join(draw.choice(words) + draw.choice(["", "", "", "."]) for _ in range(20_000))
-    folder = tmp_path_factory.mktemp("books")
-    (folder / "book.txt").write_text(text)
-    TextTokenizer.train([text], 700, number_repeats=0).save(folder)
-    return folder
 
 
 @pytest.fixture
@@ -166,6 +152,10 @@ def test_split_takes_a_rendered_prompt_apart():
         (("layers = 3\ntail", "tail"), "gate.layers: expected a value, got none"),
         (("rank = 4", "ranks = 4"), "gate.ranks: expected one of"),
         (("held_out = 0.3", "positive_weight = 0.0"), "positive_weight: expected above 0"),
+        (
+            ("questions = 8", "questions = 8\nrecite = 1"),
+            r"stage\[1\].recite: expected 0, as a gate",
+        ),
     ],
 )
 def test_bad_recipes(tmp_path, change, message):

@@ -2,16 +2,14 @@
 """Needles and training samples: reproducible, and their answers are what the text says."""
 
 import random
+from dataclasses import replace
 
 import pytest
+from small_sampler import TEXT, WORDS, small_sampler
 
 from lychee.data.needles import KINDS, NeedleMaker, hide_needles, word_list
 from lychee.data.recall import IGNORED, Mixture, RecallSampler
-from lychee.prompts import ReadingPrompts
-from lychee.tokenizer import END, TextTokenizer
-
-WORDS = [f"{first}{second}ing" for first in "bdfglmprst" for second in ("ar", "el", "on", "uck")]
-TEXT = "It was a long day. Nobody came! Who would have thought so? The end came late. " * 40
+from lychee.errors import InputError, MemoryConfigError
 
 
 def test_word_list_takes_plain_common_words_of_one_token():
@@ -64,25 +62,25 @@ def test_hide_needles_keeps_the_text():
 
 
 def test_too_few_words_are_refused():
-    with pytest.raises(ValueError, match="expected at least 16 words"):
+    with pytest.raises(InputError, match="words: expected at least 16 .* got 3; give more"):
         NeedleMaker(["one"] * 3)
 
 
 @pytest.fixture(scope="module")
 def sampler():
-    texts = [TEXT + " ".join(WORDS * 20)]
-    tokenizer = TextTokenizer.train(texts, 600, number_repeats=0)
-    prompts = ReadingPrompts.of_checkpoint(
-        tokenizer,
-        {
-            "update": "<|memory|>{memory}<|question|>{question}<|update|>",
-            "answer": "<|memory|>{memory}<|question|>{question}<|answer|>",
-            "no_memory": " none",
-        },
-        [tokenizer.id_of(END)],
-    )
-    books = [tokenizer.encode(texts[0])]
-    return RecallSampler(tokenizer, prompts, books, WORDS * 10, seed=0)
+    return small_sampler(RecallSampler)
+
+
+def test_a_turn_ends_with_one_of_several_stops(sampler):
+    """Llama 3 has three; which one training writes must not depend on chance."""
+    stops = {5, sampler.end, 9}
+    prompts = replace(sampler.prompts, stop=frozenset(stops))
+    several = RecallSampler(sampler.tokenizer, prompts, sampler.books, WORDS, 0)
+    assert several.end == min(stops)
+    with pytest.raises(MemoryConfigError, match="eos_token_id: expected a token that ends a turn"):
+        RecallSampler(
+            sampler.tokenizer, replace(prompts, stop=frozenset()), sampler.books, WORDS, 0
+        )
 
 
 def test_chunks_hold_their_needles(sampler):

@@ -13,7 +13,7 @@ from lychee.data.recall import IGNORED, Mixture
 from lychee.decoder import rotate
 from lychee.errors import InputError
 from lychee.train.initialise import new_decoder
-from lychee.train.pretrain import PretrainBatch, Pretraining, PretrainRecipe
+from lychee.train.pretrain import PretrainBatch, Pretraining
 
 TEXTS = """
 [[stage]]
@@ -166,21 +166,6 @@ def test_a_ratio_that_does_not_divide_the_window_is_refused(tmp_path, books):
 def test_missing_books_are_named(tmp_path):
     with pytest.raises(InputError, match="expected the recipe's books, got no book.txt"):
         Pretraining.train(write_recipe(tmp_path), tmp_path / "run", books=tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (("questions = 2", "questions = 0"), r"stage\[1\].questions: expected at least 1 where"),
-        (("questions = 2", "questions = 2\nrecall = 0"), r"stage\[1\].recall: expected one of"),
-        (("questions = 2", "questions = 2\nrecall = 0\nrecite = 1"), r"questions: expected 0"),
-        (("questions = 2", "questions = 2\nrecall = -1"), "recall: expected a weight of at least"),
-        (("chunk = 32", "chunk = 34"), r"ratios: expected divisors of the chunk of 34 tokens"),
-    ],
-)
-def test_contradictions_of_a_stage(tmp_path, change, message):
-    with pytest.raises(InputError, match=message):
-        PretrainRecipe.load(write_recipe(tmp_path, RECIPE.replace(*change, 1)))
 
 
 def test_offset_heads_look_back():

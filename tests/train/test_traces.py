@@ -4,17 +4,14 @@
 import random
 
 import pytest
+from small_sampler import WORDS, small_sampler
 
 from lychee.data.needles import word_list
 from lychee.data.task import SPLITS, split_of
 from lychee.data.traces import Chain, TraceMixture, TraceSampler
 from lychee.data.worlds import World
-from lychee.prompts import ReadingPrompts
-from lychee.tokenizer import END, TextTokenizer
 
-WORDS = [f"{first}{second}ing" for first in "bdfglmprst" for second in ("ar", "el", "on", "uck")]
 RARE = ["thoroughbred", "winter", "silver", "quartz"]
-TEXT = "It was a long day. Nobody came! Who would have thought so? The end came late. " * 40
 
 
 def world(split="train", seed=0):
@@ -86,19 +83,7 @@ def test_word_list_by_number_of_tokens():
 
 @pytest.fixture(scope="module")
 def sampler():
-    texts = [TEXT + " ".join(WORDS * 20)]
-    tokenizer = TextTokenizer.train(texts, 600, number_repeats=0)
-    prompts = ReadingPrompts.of_checkpoint(
-        tokenizer,
-        {
-            "update": "{memory}<|question|>{question}<|update|>",
-            "answer": "{memory}<|question|>{question}<|answer|>",
-            "no_memory": " none",
-        },
-        [tokenizer.id_of(END)],
-    )
-    books = [tokenizer.encode(texts[0])]
-    return TraceSampler(tokenizer, prompts, books, WORDS * 10, 0, rare_words=RARE)
+    return small_sampler(TraceSampler, rare_words=RARE)
 
 
 def parts(sampler, turn):
@@ -106,7 +91,7 @@ def parts(sampler, turn):
     decode = sampler.tokenizer.backend.decode
     notes, rest = decode(turn.prompt, skip_special_tokens=False).split("<|question|>")
     question = rest.split("<|update|>")[0]
-    return notes.strip(), question, decode(turn.target).strip()
+    return notes.removeprefix("<|memory|>").strip(), question, decode(turn.target).strip()
 
 
 def test_world_turns_advance_by_what_the_chunk_tells(sampler):
