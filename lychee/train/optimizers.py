@@ -21,7 +21,8 @@ def make_optimizers(recipe: Recipe, named: dict[str, nn.Parameter]) -> list[Opti
     matrices = [p for name, p in named.items() if is_projection(name, p)]
     others = [p for name, p in named.items() if not is_projection(name, p)]
     muon = Muon(matrices, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw")
-    return [muon, AdamW(others, **settings)]
+    # Adapters alone are all projections.
+    return [muon, *([AdamW(others, **settings)] if others else [])]
 
 
 def is_projection(name: str, parameter: nn.Parameter) -> bool:

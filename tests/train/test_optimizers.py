@@ -2,11 +2,13 @@
 """Muon beside AdamW: every parameter has one optimiser, and resuming changes no bit."""
 
 import pytest
+import torch
 from small_run import RECIPE, assert_same_weights, run_folder, small_run, steps
+from torch import nn
 
 from lychee.errors import InputError
-from lychee.train.optimizers import is_projection
-from lychee.train.pretrain import Pretraining
+from lychee.train.optimizers import is_projection, make_optimizers
+from lychee.train.pretrain import Pretraining, PretrainRecipe, PretrainStage
 
 MUON = 'optimizer = "muon"\n' + RECIPE
 
@@ -39,6 +41,12 @@ def test_resuming_gives_the_same_weights(tmp_path, books):
     resumed.resume()
     resumed.run()
     assert_same_weights(tmp_path / "part", tmp_path / "whole")
+
+
+def test_adapters_alone_need_no_adamw():
+    recipe = PretrainRecipe(optimizer="muon", stages=(PretrainStage(1, (0, 0), 8, 1, 1),))
+    (muon,) = make_optimizers(recipe, {"q_proj.adapter.down": nn.Parameter(torch.ones(2, 3))})
+    assert isinstance(muon, torch.optim.Muon)
 
 
 def test_spread_weights_are_refused(tmp_path, books):
