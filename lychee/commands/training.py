@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`lychee train ...`: one command per kind of training, all with the same options.
 
-Each also runs in several processes: `accelerate launch -m lychee train ...`, or by torchrun.
+Each also runs in several processes: `accelerate launch --multi_gpu --num_processes 2 -m lychee
+train ...`, or `torchrun --nproc_per_node 2 -m -- lychee train ...`; both do on CPUs as well.
 """
 
 from __future__ import annotations
@@ -44,6 +45,9 @@ Start = Annotated[
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")]
 Shard = Annotated[
     bool, typer.Option("--shard", help="Spread the weights over the processes (FSDP2).")
+]
+Freeze = Annotated[
+    bool, typer.Option("--freeze-compressor", help="Learn from memory as it is at the start.")
 ]
 Where = Annotated[Device, typer.Option("--device", help="auto is a GPU where there is one.")]
 
@@ -96,15 +100,13 @@ def rl(
     resume: Resume = False,
     device: Where = Device.auto,
     shard: Shard = False,
-    freeze_compressor: Annotated[
-        bool, typer.Option("--freeze-compressor", help="Learn from memory as it is at the start.")
-    ] = False,
+    freeze_compressor: Freeze = False,
 ) -> None:
     """Train compressor and reader end to end by the reward of the final answer."""
     options = {"books": books, "start": start, "resume": resume, "device": device, "shard": shard}
-    if freeze_compressor:
-        options["freeze_compressor"] = True
-    run_kind("rl", config, out, **options)
+    # Without the flag it is the recipe that says.
+    changes = {"freeze_compressor": True} if freeze_compressor else {}
+    run_kind("rl", config, out, **options, **changes)
 
 
 @train.command("reproduce")

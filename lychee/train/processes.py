@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One training run in several processes, started by `accelerate launch` or `torchrun`.
 
+`accelerate launch --cpu --num_processes 2` starts one process only, which is refused here.
+
 Every process draws the same batch from the same seed and computes its own part of it, so that a run
 gives the same losses in any number of processes. Either every process holds all weights (DDP), or
 weights, gradients and optimiser state are spread over the processes (FSDP2).
@@ -53,6 +55,13 @@ def refuse_unsupported(environment: Mapping[str, str]) -> None:
                 f"accelerate: {name}: expected {supported}, got {environment[name]}",
                 "launch with --mixed_precision no, and --fsdp_version 2 where you use FSDP",
             )
+    # What it sets where it was asked for several processes and starts this one alone.
+    asked = {"ACCELERATE_USE_CPU", "MASTER_ADDR"} <= environment.keys()
+    if asked and "WORLD_SIZE" not in environment:
+        raise InputError(
+            "accelerate: expected to be one of several processes, got started alone",
+            "launch with --multi_gpu, also where there are only CPUs, or by torchrun",
+        )
 
 
 class Processes:

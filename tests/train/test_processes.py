@@ -132,3 +132,14 @@ def test_launchers_requests_that_cannot_be_met_are_refused(monkeypatch, name, va
     monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=f"{name}: expected .*, got {value}"):
         Processes("cpu")
+
+
+def test_a_single_process_of_several_is_refused(monkeypatch):
+    """As `accelerate launch --cpu --num_processes 2` starts it; accelerate with one is fine."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    assert Processes("cpu").count == 1
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with pytest.raises(InputError, match="one of several processes, got started alone; .*torchrun"):
+        Processes("cpu")
