@@ -21,15 +21,30 @@ FORMAT = 1
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` so that `path` is at every moment the earlier file or this one, whole.
+    """Write a checkpoint.
 
     Raises:
         TrainingError: it could not be written, as on a full disk; the earlier file stays.
     """
+    try:
+        write_whole(path, {"format": FORMAT} | state)
+    except (OSError, RuntimeError) as error:
+        kept = "the last one is intact" if path.exists() else "there is none yet"
+        raise TrainingError(
+            f"{path}: expected to save a checkpoint, got: {reason(error)} ({kept})"
+        ) from error
+
+
+def write_whole(path: Path, content: dict[str, Any]) -> None:
+    """Write `content` so that `path` is at every moment the earlier file or this one, whole.
+
+    Raises:
+        OSError, RuntimeError: it could not be written; `reason` says why.
+    """
     temporary = path.with_suffix(".tmp")
     try:
         with temporary.open("wb") as file:
-            torch.save({"format": FORMAT} | state, file)
+            torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -38,12 +53,9 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
             os.fsync(directory)
         finally:
             os.close(directory)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError):
         temporary.unlink(missing_ok=True)
-        kept = "the last one is intact" if path.exists() else "there is none yet"
-        raise TrainingError(
-            f"{path}: expected to save a checkpoint, got: {reason(error)} ({kept})"
-        ) from error
+        raise
 
 
 def reason(error: BaseException) -> str:
@@ -95,7 +107,7 @@ def check_state(path: Path, state: dict[str, Any], expected: dict[str, Any]) -> 
 
 
 def capture(run: TrainingRun) -> dict[str, Any]:
-    """All that moves in a run: weights, optimiser, generators, averages, and its own extras.
+    """All that moves in a run: weights, optimiser, generators, averages.
 
     Tensors are as in one process, however many there are; only the first process has them all.
     """
@@ -117,7 +129,6 @@ def capture(run: TrainingRun) -> dict[str, Any]:
         "random": [version, list(internal), gauss],
         "torch_random": torch.get_rng_state(),
         "averages": averages.sums,
-        "extra": run.state(),
     }
 
 
@@ -138,4 +149,4 @@ def restore(run: TrainingRun, state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch_random"])
     run.step, run.seconds = state["step"], state["seconds"]
     run.averages = Averages(state["averages"] if run.processes.first else None)
-    run.load(state["extra"])
+    run.resumed()

@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 Value = float | tuple[float, float]
+# Of what is written; rounded to places, a learning rate or a small divergence would be 0.
+SIGNIFICANT_DIGITS = 6
 
 
 class Averages:
@@ -72,7 +75,15 @@ def keep_until(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except ValueError:
             continue
-    path.write_text("".join(kept), encoding="utf-8")
+    # Renamed, so that a full disk leaves what was there.
+    part = path.with_suffix(".part")
+    part.write_text("".join(kept), encoding="utf-8")
+    os.replace(part, path)
+
+
+def significant(value: float) -> float:
+    """A number without the digits that nobody reads."""
+    return float(f"{value:.{SIGNIFICANT_DIGITS}g}")
 
 
 def open_board(folder: Path, step: int):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -137,6 +138,10 @@ class Reinforcement(TrainingRun):
         if self.step == 0:
             self.evaluate(0)
         experience, metrics = self.experience()
+        # Without mixed groups there is no loss that would tell.
+        entropy = self.processes.sum(torch.tensor(metrics["entropy"], device=self.device)).item()
+        if not math.isfinite(entropy):
+            self.stop_on(experience, {"entropy": entropy})
         mixed = self.processes.sum(torch.tensor(experience.mixed, device=self.device))
         for index in range(self.recipe.updates if mixed else 0):
             found = self.update(experience)
@@ -228,7 +233,10 @@ class Reinforcement(TrainingRun):
         return right / asked
 
     def dump(self, batch: EpisodeBatch, rollouts: Sequence[Rollout], rewards: list[float]) -> None:
-        """One line per question in rollouts.jsonl: what each rollout noted, answered and earned."""
+        """One line per question in rollouts.jsonl: what each rollout noted, answered and earned.
+
+        Of several processes, the first one's questions.
+        """
         decode, stage = self.tokenizer.decode, self.recipe.stage_at(self.step)[0]
         for index, question in enumerate(batch.questions):
             span = range(index * stage.group, (index + 1) * stage.group)
@@ -253,7 +261,7 @@ class Reinforcement(TrainingRun):
         found = super().description(step)
         return found | {"start": found["start"] | {"weights": frozen_fingerprint(self.reference)}}
 
-    def load(self, state: dict[str, Any]) -> None:
+    def resumed(self) -> None:
         if self.processes.first:
             for name in ("evaluations.jsonl", "rollouts.jsonl"):
                 keep_until(self.folder / name, self.step)

@@ -194,7 +194,7 @@ def draw_tokens(
     reached = reached / reached[:, -1:] + torch.arange(rows, device=scores.device)[:, None]
     drawn = torch.rand(len(row_of), generator=generator, device=scores.device, dtype=torch.float64)
     places = torch.searchsorted(reached.flatten(), row_of + drawn, right=True)
-    return (places - row_of * size).clamp_(max=size - 1)
+    return (places - row_of * size).clamp_(0, size - 1)
 
 
 def turn_log_probs(

@@ -21,8 +21,16 @@ from lychee.errors import InputError, TrainingError
 from lychee.lora import merge
 from lychee.memory_model import LycheeMemory
 from lychee.train.adapters import attach_adapters, save_adapter_folder
-from lychee.train.checkpoint import capture, check_state, load_state, restore, save_state
-from lychee.train.metrics import Averages, MetricsLog, Value
+from lychee.train.checkpoint import (
+    capture,
+    check_state,
+    load_state,
+    reason,
+    restore,
+    save_state,
+    write_whole,
+)
+from lychee.train.metrics import Averages, MetricsLog, Value, significant
 from lychee.train.optimizers import make_optimizers
 from lychee.train.processes import Processes, to_device
 from lychee.train.recipe import Recipe
@@ -121,12 +129,8 @@ class TrainingRun:
         """
         raise NotImplementedError
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint must hold beyond weights, optimiser and generators; plain values."""
-        return {}
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Take back what `state` returned."""
+    def resumed(self) -> None:
+        """Called when the run has been brought to where its checkpoint stands."""
 
     def export(self) -> None:
         """Write the model folder of a finished run."""
@@ -185,14 +189,18 @@ class TrainingRun:
     def stop_on(self, batch: Any, found: dict[str, float]) -> None:
         """Save a batch whose loss or gradient is not finite, and raise TrainingError."""
         path = self.folder / "failed_batch.pt"
+        saved = f"study the batch in {path}"
         if self.processes.first:
-            fields = dataclasses.asdict(batch) if dataclasses.is_dataclass(batch) else batch
-            torch.save({"step": self.step, "batch": fields} | found, path)
+            content = {"step": self.step, "batch": dataclasses.asdict(batch)} | found
+            try:
+                write_whole(path, content)
+            except (OSError, RuntimeError) as error:
+                saved = f"the batch could not be saved in {path}: {reason(error)}"
         self.processes.wait()
         values = ", ".join(f"{name} {value}" for name, value in found.items())
         raise TrainingError(
             f"step {self.step + 1}: expected a finite loss and gradient, got {values}",
-            f"study the batch in {path}; lower the learning rate and resume from the last save",
+            f"{saved}; a resumed run meets it again: begin anew at a lower learning rate",
         )
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
@@ -249,8 +257,8 @@ class TrainingRun:
         everywhere.merge(sums)
         left = (self.recipe.total_steps - self.step) * self.seconds / self.step
         line = {"step": self.step, "seconds": round(self.seconds), "eta_s": round(left)}
-        line["lr"] = self.recipe.learning_rate_at(self.step)
-        log.write(line | {name: round(mean, 5) for name, mean in everywhere.take().items()})
+        means = {"lr": self.recipe.learning_rate_at(self.step - 1)} | everywhere.take()
+        log.write(line | {name: significant(mean) for name, mean in means.items()})
 
     @classmethod
     def train(

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from lychee.commands import app
 from lychee.compressor import Compressor
-from lychee.errors import CheckpointError, InputError
+from lychee.errors import CheckpointError, InputError, TrainingError
 from lychee.eval.metrics import exact_match
 from lychee.memory_model import LycheeMemory
 from lychee.train.pretrain import Pretraining, PretrainRecipe, PretrainStage
@@ -157,6 +157,18 @@ def test_groups_of_equal_reward_move_nothing(tmp_path, books):
         assert torch.equal(value, before[name]), name
 
 
+def test_a_policy_that_is_no_number_stops_the_run(tmp_path, books):
+    """All its rewards are equal, so no loss would tell."""
+    small_reader().save_pretrained(tmp_path / "fresh", torch.float32)
+    run = new_run(tmp_path, books, tmp_path / "fresh")
+    with torch.no_grad():
+        run.decoder.model.norm.weight[3] = torch.nan
+    with pytest.raises(TrainingError, match="step 1: expected a finite .* got entropy nan"):
+        run.train_step()
+    failed = torch.load(run.folder / "failed_batch.pt", weights_only=True)
+    assert failed["step"] == 0 and failed["batch"]["signal"]["turns"][0]["prompt"]
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, books, start):
     """A finished run."""
@@ -224,6 +236,8 @@ def test_what_is_written_down(tmp_path, books, start, whole):
         (("updates = 2", 'reward = "luck"'), "reward: expected one of exact_match, sub_em"),
         (("updates = 2", "held_out = 1.0"), "held_out: expected a share between 0 and 1"),
         (("chunks = 2\n", ""), "chunks: expected a value, got none"),
+        (("numbers = 0.0", "numbers = 2.0"), "numbers: expected a share of 0 to 1, got 2.0"),
+        (("numbers = 0.0", "hops = [0, 0]"), "hops: expected a weight above 0"),
     ],
 )
 def test_bad_recipes(tmp_path, change, message):
