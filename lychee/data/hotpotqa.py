@@ -15,6 +15,7 @@ from typing import Any
 
 from lychee.data.json_records import Record, read_records
 from lychee.data.task import Span, TaskSample
+from lychee.documents import is_text
 from lychee.errors import InputError
 
 Document = tuple[str, tuple[str, ...]]  # title and sentences
@@ -76,7 +77,7 @@ def parse(record: Record) -> HotpotQuestion:
     for number, entry in enumerate(context):
         title, sentences = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
         lines = isinstance(sentences, list) and all(isinstance(s, str) for s in sentences)
-        if not isinstance(title, str) or not lines:
+        if not isinstance(title, str) or not lines or not is_text("".join((title, *sentences))):
             raise record.error(f"context[{number}]", "[title, sentences]", entry)
         documents[title] = tuple(sentences)
     if not isinstance(facts, list):

@@ -65,7 +65,7 @@ class Record:
             self.text(*names)
         found = value if isinstance(value, list) else [value]
         found = [str(a) if isinstance(a, (int, float)) else a for a in found]
-        if not found or not all(isinstance(a, str) and a.strip() for a in found):
+        if not found or not all(isinstance(a, str) and a.strip() and is_text(a) for a in found):
             raise self.error(names[0], "an answer or a list of answers", value)
         return tuple(found)
 

@@ -184,6 +184,8 @@ def test_every_format_names_line_and_field_of_a_broken_record(tmp_path, form, li
         ("own", {"support": [[0, 99]]}, r"support: expected \[start, stop\] within 0 to 7"),
         ("own", {"question": 3}, "question: expected non-empty text, got 3"),
         ("own", {"question": "\ud800"}, "question: expected non-empty text, got "),
+        ("own", {"answer": "\ud800"}, "answers: expected an answer or a list of answers, got "),
+        ("hotpotqa", {"context": [["A", ["\ud800"]]]}, r"context\[0\]: expected \[title, sent"),
         ("own", {"metric": ["f1"]}, r"metric: expected one of exact_match, .*, got \['f1'\]"),
         ("own", {"support": 5}, "support: expected a list, got 5"),
         ("ruler_hqa", {"question": "\ud800"}, "question: expected non-empty text, got "),
