@@ -116,7 +116,11 @@ class TextTokenizer:
         return cls(backend)
 
     def save(self, folder: Path) -> None:
-        self.backend.save(str(folder / "tokenizer.json"))
+        path = folder / "tokenizer.json"
+        try:
+            path.write_text(self.backend.to_str(pretty=True), encoding="utf-8")
+        except OSError as error:
+            raise CheckpointError(f"{path}: expected to write it, got: {error.strerror}") from error
 
     def encode(self, text: str) -> list[int]:
         if len(text) > PIECE:

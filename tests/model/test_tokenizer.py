@@ -3,11 +3,13 @@
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 import lychee.tokenizer as module
+from lychee.errors import CheckpointError
 from lychee.memory_model import SHIPPED_MODEL
 from lychee.tokenizer import TextTokenizer
 
@@ -93,3 +95,10 @@ def test_limits_in_the_tokenizers_file_do_not_cut_texts(shipped, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | limits))
     text = "a sentence of more than eight tokens, as texts are"
     assert TextTokenizer.from_folder(tmp_path).encode(text) == shipped.encode(text)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+def test_a_full_disk_is_named(shipped, tmp_path):
+    (tmp_path / "tokenizer.json").symlink_to("/dev/full")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: expected to write it, got: No sp"):
+        shipped.save(tmp_path)
