@@ -102,7 +102,10 @@ def start(pyplot: ModuleType, x: str, y: str, places: Sequence[float] | None = N
 
 def short(number: float) -> str:
     """1,024 as 1K."""
-    return f"{number:.0f}" if number < 1024 else f"{number / 1024:.3g}K"
+    if number < 1024:
+        return f"{number:.0f}"
+    thousands = number / 1024
+    return f"{thousands:.2g}K" if thousands < 10 else f"{thousands:,.0f}K"
 
 
 def places_of(lines: dict[str, Points]) -> list[float]:
