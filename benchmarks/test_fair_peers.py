@@ -61,7 +61,8 @@ def test_prefill_rate_is_equal(benchmark):
             seconds[name].append(now() - started)
 
     benchmark.pedantic(one_round, rounds=ROUNDS, warmup_rounds=1)
-    rates = {name: PREFILL / statistics.median(costs[1:]) for name, costs in seconds.items()}
+    # Of the best round: another process on the machine slows down whoever runs beside it.
+    rates = {name: PREFILL / min(costs[1:]) for name, costs in seconds.items()}
     check(benchmark, "prefill", f"{PREFILL} tokens", rates)
 
 
@@ -86,10 +87,10 @@ def test_decode_speed_is_equal(benchmark):
 
     def one_round():
         for name, work in methods.items():
-            steps[name] += costs_of_steps(model.decoder, work)
+            steps[name].append(statistics.median(costs_of_steps(model.decoder, work)))
 
     benchmark.pedantic(one_round, rounds=ROUNDS, warmup_rounds=1)
-    rates = {name: 1 / statistics.median(costs) for name, costs in steps.items()}
+    rates = {name: 1 / min(costs[1:]) for name, costs in steps.items()}
     check(benchmark, "decode", f"behind {KEYS} keys", rates)
 
 
