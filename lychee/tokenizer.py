@@ -29,9 +29,8 @@ SPECIAL_TOKENS = (END, "<|pad|>", "<|question|>", "<|memory|>", "<|update|>", "<
 class Spans(Sequence[tuple[int, int]]):
     """Characters (start, stop) that each token came from, in eight bytes a token."""
 
-    def __init__(self, spans: Iterable[tuple[int, int]] = (), first: int = 0):
+    def __init__(self, spans: Sequence[tuple[int, int]] = (), first: int = 0):
         """`first`: the character that `spans` count from."""
-        spans = list(spans)
         self.starts = array("i", (start + first for start, _ in spans))
         self.stops = array("i", (stop + first for _, stop in spans))
 
@@ -49,20 +48,22 @@ class Spans(Sequence[tuple[int, int]]):
 
 def find_joint(
     ids: array[int], spans: Spans, new_ids: array[int], new: Spans
-) -> tuple[int, int] | tuple[None, None]:
+) -> tuple[int, int] | None:
     """How many tokens to keep of a piece, and to skip of the next one that overlaps it.
 
     Both agree about AGREEING tokens around that place; None where they nowhere do.
     """
+    if not spans:
+        return None
     for skipped in range(len(new_ids) - AGREEING + 1):
         start = new.starts[skipped]
-        if not spans or start > spans.starts[-1]:
+        if start > spans.starts[-1]:
             break
         kept = bisect_left(spans.starts, start)
         here, there = slice(kept, kept + AGREEING), slice(skipped, skipped + AGREEING)
         if ids[here] == new_ids[there] and spans.starts[here] == new.starts[there]:
             return kept + AGREEING // 2, skipped + AGREEING // 2
-    return None, None
+    return None
 
 
 class TextTokenizer:
@@ -137,10 +138,11 @@ class TextTokenizer:
         for first in range(0, max(1, len(text) - OVERLAP), PIECE - OVERLAP):
             encoding = self.backend.encode(text[first : first + PIECE], add_special_tokens=False)
             new_ids, new = array("i", encoding.ids), Spans(encoding.offsets, first)
-            kept, skipped = find_joint(ids, spans, new_ids, new) if first else (0, 0)
-            if kept is None:
+            joint = find_joint(ids, spans, new_ids, new) if first else (0, 0)
+            if joint is None:
                 whole = self.backend.encode(text, add_special_tokens=False)
                 return array("i", whole.ids), Spans(whole.offsets)
+            kept, skipped = joint
             ids[kept:] = new_ids[skipped:]
             spans.replace(kept, new, skipped)
         return ids, spans

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the tests of banks build, and how they compare what banks hold."""
 
+from contextlib import contextmanager
+
+import pytest
 import torch
 
-from lychee.bank import BankBuilder, Document, MemoryBank
+from lychee.bank import BankBuilder, Document, MemoryBank, build
 
 
 def documents_of(prose, *seeds, words=60):
@@ -33,6 +36,15 @@ def assert_same_memory(bank, other):
 def build_bank(model, path, documents, **options):
     with BankBuilder(model, path, **options) as builder:
         return builder.add(documents)
+
+
+@contextmanager
+def many_commits(batch_tokens=64):
+    """Builds commit after every few chunks, as long ones do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "BATCH_TOKENS", batch_tokens)
+        patch.setattr(build, "COMMIT_SECONDS", 0)
+        yield
 
 
 def litter(path):

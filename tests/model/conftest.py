@@ -5,9 +5,8 @@ import random
 
 import pytest
 import torch
-from bank_contents import build_bank, documents_of
+from bank_contents import build_bank, documents_of, many_commits
 
-from lychee.bank import build
 from lychee.config import MemoryConfig, ModelConfig
 from lychee.memory_model import LycheeMemory
 from lychee.tokenizer import TextTokenizer
@@ -83,8 +82,6 @@ def tiny_model(tiny_config, tiny_memory) -> LycheeMemory:
 def sound_bank(tiny_model, prose, tmp_path_factory):
     """An int8 bank of three documents in several segments; copy it before changing it."""
     path = tmp_path_factory.mktemp("sound") / "bank"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "BATCH_TOKENS", 64)
-        patch.setattr(build, "COMMIT_SECONDS", 0)
+    with many_commits():
         build_bank(tiny_model, path, documents_of(prose, 0, 1, 2), bank_dtype="int8")
     return path

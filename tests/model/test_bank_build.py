@@ -9,18 +9,24 @@ import sys
 
 import pytest
 import torch
-from bank_contents import assert_same_memory, build_bank, documents_of, litter, read_back
+from bank_contents import (
+    assert_same_memory,
+    build_bank,
+    documents_of,
+    litter,
+    many_commits,
+    read_back,
+)
 
-from lychee.bank import BankBuilder, Document, MemoryBank, build, verify_bank
+from lychee.bank import BankBuilder, Document, MemoryBank, verify_bank
 from lychee.bank.lock import WriterLock
 from lychee.errors import BankError, BankLockedError
 
 
 @pytest.fixture(autouse=True)
-def short_runs(monkeypatch):
-    """Commits after every few chunks, as a long build has them."""
-    monkeypatch.setattr(build, "BATCH_TOKENS", 64)
-    monkeypatch.setattr(build, "COMMIT_SECONDS", 0)
+def short_runs():
+    with many_commits():
+        yield
 
 
 def test_a_build_goes_on_where_it_was_stopped(tiny_model, prose, tmp_path):

@@ -3,7 +3,14 @@
 
 import pytest
 import torch
-from bank_contents import assert_same_memory, build_bank, documents_of, litter, read_back
+from bank_contents import (
+    assert_same_memory,
+    build_bank,
+    documents_of,
+    litter,
+    many_commits,
+    read_back,
+)
 from safetensors import safe_open
 
 from lychee import LycheeMemory
@@ -11,7 +18,6 @@ from lychee.bank import (
     BankBuilder,
     Document,
     MemoryBank,
-    build,
     is_bank,
     save,
     tables,
@@ -21,10 +27,9 @@ from lychee.errors import BankError, BankMismatchError, InputError
 
 
 @pytest.fixture
-def short_runs(monkeypatch):
-    """Commits after every few chunks, as a long build has them."""
-    monkeypatch.setattr(build, "BATCH_TOKENS", 64)
-    monkeypatch.setattr(build, "COMMIT_SECONDS", 0)
+def short_runs():
+    with many_commits():
+        yield
 
 
 @pytest.mark.parametrize("dtype", ["auto", "float16", "int8", "e4m3"])

@@ -9,9 +9,9 @@ import json
 import os
 
 import pytest
-from bank_contents import build_bank, documents_of
+from bank_contents import build_bank, documents_of, many_commits
 
-from lychee.bank import MemoryBank, build, verify_bank
+from lychee.bank import MemoryBank, verify_bank
 from lychee.bank.manifest import checksum, parse_manifest
 from lychee.bank.segments import Segment
 from lychee.errors import BankError
@@ -38,9 +38,7 @@ values = st.recursive(
 @pytest.fixture(scope="module")
 def bank_path(tiny_model, prose, tmp_path_factory):
     path = tmp_path_factory.mktemp("fuzz") / "bank"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "BATCH_TOKENS", 40)
-        patch.setattr(build, "COMMIT_SECONDS", 0)
+    with many_commits(40):
         build_bank(tiny_model, path, documents_of(prose, 0, 1, words=50), bank_dtype="int8")
     return path
 

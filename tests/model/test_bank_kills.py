@@ -14,9 +14,9 @@ import time
 
 import pytest
 import torch
-from bank_contents import build_bank, documents_of, litter, read_back
+from bank_contents import build_bank, documents_of, litter, many_commits, read_back
 
-from lychee.bank import BankBuilder, Document, MemoryBank, build, is_bank, verify_bank
+from lychee.bank import BankBuilder, Document, MemoryBank, is_bank, verify_bank
 
 KILLS = int(os.environ.get("LYCHEE_KILLS", 12))
 # Files whose lines write: a moment is one of these lines, or a time.
@@ -163,10 +163,7 @@ def scenarios(tiny_model, prose, tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def short_runs():
-    """Commits after every few chunks, as a long build has them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "BATCH_TOKENS", 40)
-        patch.setattr(build, "COMMIT_SECONDS", 0)
+    with many_commits(40):
         yield
 
 
