@@ -29,6 +29,7 @@ class TraceMixture(Mixture):
         comparisons: of a world's questions that compare two entities.
         progress: of a world's turns in which the chunk tells the next fact of the chain.
         surnames: of a world's people with two names.
+        alike: of a world's names that begin as an earlier one does.
         plain: of worlds in a single wording.
     """
 
@@ -38,6 +39,7 @@ class TraceMixture(Mixture):
     comparisons: float = 0.0
     progress: float = 0.5
     surnames: float = 0.2
+    alike: float = 0.0
     plain: float = 0.0
 
 
@@ -70,12 +72,17 @@ class Chain:
 
 
 class TraceSampler(RecallSampler):
-    """Draws batches of traces in the form of `RecallSampler`."""
+    """Draws batches of traces in the form of `RecallSampler`.
+
+    Attributes:
+        split: of the worlds' names.
+    """
 
     def __init__(self, *arguments, rare_words: list[str]):
         """Arguments of `RecallSampler`, and words of several tokens, see `word_list`."""
         super().__init__(*arguments)
         self.rare_maker = NeedleMaker(self.maker.words + rare_words, self.random)
+        self.split = "train"
 
     def batch(
         self,
@@ -112,7 +119,8 @@ class TraceSampler(RecallSampler):
         """A chunk that tells parts of some chains, distractors and some needles."""
         draw = self.random
         plain = draw.random() < mixture.plain
-        world = World(self.maker.words, draw, surnames=mixture.surnames, plain=plain)
+        shares = {"surnames": mixture.surnames, "alike": mixture.alike}
+        world = World(self.maker.words, draw, self.split, **shares, plain=plain)
         room = draw.randint(*facts)
         asked = [self.world_question(world, mixture) for _ in range(max(2, (room + 1) // 2))]
         told = []

@@ -97,28 +97,35 @@ class World:
         split: str = "train",
         *,
         surnames: float = 0.2,
+        alike: float = 0.0,
         plain: bool = False,
     ):
         """
         Args:
             words: values of relations that lead to a word.
             surnames: share of people with two names.
+            alike: share of names that begin as an earlier one of this world does.
             plain: one wording for all statements and one for all questions, to start training with.
         """
         if split not in SPLITS:
             raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
         self.words, self.random, self.split = words, draw, split
-        self.surnames, self.plain = surnames, plain
+        self.surnames, self.alike, self.plain = surnames, alike, plain
+        self.beginnings: list[str] = []
         self.objects: dict[tuple[str, str], str] = {}
         self.kinds: dict[str, str] = {}
 
     def name(self) -> str:
         """One invented word of the split."""
         while True:
-            parts = [self.random.choice(BEGINNINGS), self.random.choice(ENDINGS)]
+            # Without `alike` nothing is drawn for it, so that a seed's worlds stay as they are.
+            earlier = self.alike and self.beginnings and self.random.random() < self.alike
+            beginning = self.random.choice(self.beginnings if earlier else BEGINNINGS)
+            parts = [beginning, self.random.choice(ENDINGS)]
             if self.random.random() < 0.15:
                 parts.append(self.random.choice(ENDINGS))
             if split_of(word := "".join(parts)) == self.split:
+                self.beginnings.append(beginning)
                 return word
 
     def entity(self, kind: str, like: str | None = None) -> str:

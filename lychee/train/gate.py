@@ -45,7 +45,8 @@ class GateRecipe(SupervisedRecipe):
         gate: its shape; the threshold is found in the end.
         positive_weight: of examples whose chunk is to be read, against the others.
         held_out: share of every book, its end, that only validation sees.
-        validation: examples on which the threshold is chosen.
+        validation: examples on which the threshold is chosen; their worlds' names are those of the
+            validation split, which the training never draws.
         least_recall: share of the chunks to be read that must pass the gate there.
     """
 
@@ -106,6 +107,7 @@ class GateTraining(SupervisedTraining):
         books = long_enough([encode(text) for text in held_out], longest, encode("\n\n"))
         draw = random.Random(self.recipe.seed + VALIDATION_SEED)
         self.validation = self.new_sampler(books, draw)
+        self.validation.split = "validation"
         self.gate = Gate(self.decoder, self.recipe.gate, self.recipe.seed)
         self.modules["gate"] = self.gate
 

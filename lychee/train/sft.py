@@ -25,12 +25,13 @@ class SupervisedStage(PretrainStage):
     comparisons: float = TraceMixture.comparisons
     progress: float = TraceMixture.progress
     surnames: float = TraceMixture.surnames
+    alike: float = TraceMixture.alike
     plain: float = TraceMixture.plain
 
     def __post_init__(self):
         super().__post_init__()
         check_hops(self.hops)
-        check_shares(self, ("worlds", "rare", "comparisons", "surnames", "plain"))
+        check_shares(self, ("worlds", "rare", "comparisons", "surnames", "alike", "plain"))
         # A chunk may tell nothing that helps; then there must be other turns to draw.
         if not 0 <= self.progress < 1:
             raise ValueError(f"progress: expected a share below 1, got {self.progress}")

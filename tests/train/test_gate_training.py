@@ -100,6 +100,7 @@ def test_learns_one_batch(recipe, tmp_path, books):
 
 def test_labels_follow_the_cases(recipe, tmp_path, books):
     run = new_run(recipe, tmp_path / "run", books)
+    assert (run.sampler.split, run.validation.split) == ("train", "validation")
     seen = {}
     for _ in range(12):
         batch = run.sample()

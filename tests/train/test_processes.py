@@ -14,6 +14,7 @@ import torch
 from small_run import RECIPE, run_folder, small_run, weights, write_recipe
 
 from lychee.errors import InputError
+from lychee.train.gate import GateRecipe, GateTraining
 from lychee.train.pretrain import Pretraining
 from lychee.train.processes import Processes
 
@@ -22,6 +23,23 @@ PLACE = RECIPE.rindex("[[stage]]")
 TEXTS = RECIPE[PLACE:] + "language = 0.5\nrecite = 0.5\ncontinuation = 0.5\nspan = 16\n"
 WHOLE = RECIPE[:PLACE].replace("log_every = 2", "log_every = 1") + TEXTS
 FIRST = WHOLE[:PLACE]
+GATE = f"""held_out = 0.3
+validation = 20
+{RECIPE[: RECIPE.index("[[stage]]")]}
+[gate]
+layers = 3
+tail = 4
+opening = 1
+rank = 4
+
+[[stage]]
+steps = 4
+chunk = 64
+batch = 4
+questions = 6
+facts = [0, 3]
+learning_rate = [5e-3, 1e-4]
+"""
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +50,8 @@ def one(tmp_path_factory, books):
     return folder
 
 
-def arguments(recipe, folder, books):
-    return ["pretrain", str(recipe), "--out", str(folder), "--books", str(books), "--resume"]
+def arguments(recipe, folder, books, stage="pretrain"):
+    return [stage, str(recipe), "--out", str(folder), "--books", str(books), "--resume"]
 
 
 def free_port():
@@ -84,15 +102,30 @@ def assert_same_run(folder, one):
     assert (folder / "model" / "model.safetensors").is_file()
 
 
+def run_two(*arguments):
+    """`lychee train` in two processes that share every batch."""
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = ["lychee", "train", *arguments]
+    finish(*(start(command, RANK=rank, LOCAL_RANK=rank, **shared) for rank in "01"))
+
+
 def test_two_processes_give_the_losses_of_one(tmp_path, books, one):
     """Data parallel; begun in two processes and ended in one."""
     folder = run_folder(tmp_path / "run", books)
-    command = ["lychee", "train", *arguments(write_recipe(tmp_path, FIRST), folder, books)]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    finish(*(start(command, RANK=rank, LOCAL_RANK=rank, **shared) for rank in "01"))
+    run_two(*arguments(write_recipe(tmp_path, FIRST), folder, books))
     recipe = write_recipe(tmp_path, WHOLE)
     Pretraining.train(recipe, folder, books=books, resume=True)
     assert_same_run(folder, one)
+
+
+def test_two_processes_train_the_gate_of_one(tmp_path, books):
+    """Their shares of a batch differ in the number of turns that the gate is asked for."""
+    recipe = write_recipe(tmp_path, GATE)
+    alone, shared = (run_folder(tmp_path / name, books) for name in ("alone", "shared"))
+    GateTraining(GateRecipe.load(recipe), alone, books=books).run()
+    run_two(*arguments(recipe, shared, books, stage="gate"))
+    assert_same_run(shared, alone)
+    assert (shared / "model" / "gate.safetensors").is_file()
 
 
 def test_sharded_weights_give_the_losses_of_one(tmp_path, books, one):

@@ -70,6 +70,16 @@ def test_splits_share_no_name():
         world("x")
 
 
+def test_names_that_begin_alike():
+    beginnings = []
+    for alike in (0.0, 0.9):
+        invented = World(WORDS, random.Random(5), alike=alike)
+        for _ in range(40):
+            invented.name()
+        beginnings.append(len(set(invented.beginnings)))
+    assert beginnings[0] > 2 * beginnings[1] > 2
+
+
 def test_same_seed_same_world():
     assert world(seed=3).bridge(2) == world(seed=3).bridge(2)
     assert world(seed=3).bridge(2) != world(seed=4).bridge(2)
@@ -126,6 +136,15 @@ def test_batches_hold_worlds_and_needles(sampler):
     batch = sampler.batch(12, 300, 6, (1, 6), mixture)
     assert batch.chunks.shape == (12, 300) and len(batch.turns) == len(batch.cases) == 72
     assert {"found", "absent"} & set(batch.cases) and {"hops0", "hops1"} <= set(batch.cases)
+
+
+def test_names_are_of_the_samplers_split():
+    sampler = small_sampler(TraceSampler, rare_words=RARE)
+    sampler.split = "validation"
+    _, turns, _ = sampler.world_chunk(300, 20, (4, 6), TraceMixture(surnames=0))
+    turns = [turn for turn in turns if turn.case.startswith("hops")]
+    names = {parts(sampler, turn)[2].split()[0] for turn in turns}
+    assert names and {split_of(name) for name in names} == {"validation"}
 
 
 def test_comparison_notes_fill_in_any_order(sampler):
