@@ -81,7 +81,8 @@ class GatePrompts:
         tail: [R, P, E] activations behind the first layer.
         following: [R, P, E] output embeddings of the tokens that follow each position.
         counts: [R, P] bool, positions behind which a token of the notes or their end stands.
-        keys, values: per layer from the second on [R, Hkv, T - P, D], keys rotated.
+        keys, values: per layer from the second on [R, Hkv, T, D], keys rotated; the last P places
+            are room for the tail's, which `score` fills.
         cos, sin: [R, 1, P, D / 2] of the tail's positions.
         valid: [R, T] bool, or None where nothing is padded.
     """
@@ -162,7 +163,7 @@ class Gate(nn.Module):
         cos, sin = decoder.rope_tables(first_position + width)
         cos, sin = cos[batch.positions][:, None], sin[batch.positions][:, None]
         size = max(1, PASS_TOKENS // width)
-        shape = len(rows), config.num_key_value_heads, width - tail, config.head_dim
+        shape = len(rows), config.num_key_value_heads, width, config.head_dim
         kept = [[cos.new_empty(shape, dtype=decoder.dtype) for _ in "kv"] for _ in self.layers]
         return_freed_memory(kept_bytes := sum(k.nbytes + v.nbytes for k, v in kept))
         tails = []
@@ -189,8 +190,8 @@ class Gate(nn.Module):
     ) -> Tensor:
         """Activations of the tail of prompts ids [R, T]; `into` gets keys and values before it."""
         decoder, width = self.decoder, ids.shape[1]
-        # In pieces, half of prefill's: the prompts' keys and values leave less room than its cache.
-        before, step = width - self.config.tail, max(1, prefill_step(ids.device, len(ids)) // 2)
+        # In pieces, a quarter of prefill's: what is kept leaves less room than prefill's cache.
+        before, step = width - self.config.tail, max(1, prefill_step(ids.device, len(ids)) // 4)
         k, v = into[0]
         into, tails = [[t.new_empty(*t.shape[:2], width, t.shape[3]) for t in (k, v)], *into], []
         for start in range(0, width, step):
@@ -241,9 +242,9 @@ class Gate(nn.Module):
             layer = self.decoder.model.layers[index]
             q, k, v = (heads(layer, linears, letter, x) for letter in "qkv")
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-            if index > 1:
-                before = map(spread, before)
-            k, v = (torch.cat(pair, dim=2) for pair in zip(before, (k, v), strict=True))
+            if index > 1 and rows is not None:
+                before = (tensor[rows] for tensor in before)
+            k, v = (put_last(*pair) for pair in zip(before, (k, v), strict=True))
             if index == 1:
                 # Still the same for every chunk.
                 q, k, v, x, cos, sin = map(spread, (q, k, v, x, cos, sin))
@@ -253,6 +254,15 @@ class Gate(nn.Module):
         x = HEAD_SCALE * F.rms_norm(x.float(), x.shape[-1:])
         scores = self.head(torch.cat((x, expected.float().sum(-1, keepdim=True)), dim=-1))[..., 0]
         return scores.masked_fill(~spread(prompts.counts), float("-inf")).logsumexp(dim=1)
+
+
+def put_last(room: Tensor, tail: Tensor) -> Tensor:
+    """`room` [R, H, T, D] with `tail` [R, H, P, D] in its last places; without gradients in place,
+    as a copy of all prompts' keys would be the gate's largest tensor."""
+    if torch.is_grad_enabled():
+        return torch.cat((room[:, :, : -tail.shape[2]], tail), dim=2)
+    room[:, :, -tail.shape[2] :] = tail
+    return room
 
 
 def own_linears(layer: Layer) -> dict[str, nn.Module]:

@@ -139,7 +139,7 @@ class ReadingLoop:
             notes = [reading.notes for reading in readings]
             self.prepared = key, self.gate.prepare(prompts, notes, self.reasoner.memory.slots)
         prompts = self.prepared[1]
-        width = prompts.keys[0].shape[2] + self.gate.config.tail
+        width = prompts.keys[0].shape[2]
         room = min(MAX_TOKENS // self.gate.config.tail, MAX_GATE_TOKENS // width)
         share = max(1, room // len(readings))
         ahead = [
