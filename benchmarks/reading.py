@@ -6,9 +6,11 @@ turn writes as many tokens as it may, and the gate's real scores are replaced by
 chunks. The costs are those of any model of that shape.
 """
 
+import bisect
 import functools
 import random
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -58,6 +60,8 @@ LENGTHS = (
     if CUDA
     else tuple(1024 * k for k in (8, 16, 32, 64, 128))
 )
+# Texts that the crossovers with full context try: whole steps, from one on.
+STEP, STEPS = 16384 if CUDA else 2048, 16
 SHAPES = (
     f"{'Qwen2.5-7B shape, bfloat16' if CUDA else '42.5M parameters, float32'}, random weights; "
     f"chunks of {CHUNK} tokens, windows of {WINDOW}, ratio {RATIO}; sections of MemAgent "
@@ -184,6 +188,12 @@ class ChosenGate(Gate):
         self.scored += len(logits)
         chosen = torch.isin(pages.table[:, 0], self.first_pages)
         return torch.where(chosen, 8.0, -8.0).to(logits)
+
+
+def crossover(better: Callable[[int], bool]) -> int | None:
+    """Tokens of the least text that ours is better for, by bisection; None if it never is."""
+    steps = bisect.bisect_left(range(STEPS + 1), True, 1, key=lambda steps: better(STEP * steps))
+    return STEP * steps if steps <= STEPS else None
 
 
 def run_ours(memory_tokens: int, text: str, questions: list[str]) -> Run:

@@ -10,7 +10,16 @@ def sections(infos: list[dict]) -> list[tuple[str, list[list[str]], list[str]]]:
     """(title, rows with the headings first, remarks) of each table that has rows."""
     found = [
         ("time to answer", time_rows(infos), [reading.ABOUT, *remarks(infos)]),
-        ("full context crossover, from nothing", crossover_rows(infos), []),
+        (
+            "full context crossover, from nothing",
+            crossover_rows(infos, "crossover", "faster", "s"),
+            [],
+        ),
+        (
+            "full context crossover, peak memory",
+            crossover_rows(infos, "peak_crossover", "smaller", "MiB"),
+            [],
+        ),
         ("parts of the speed-up", part_rows(infos), part_remarks(infos)),
         ("peak memory", memory_rows(infos), [reading.ABOUT_PEAKS]),
         ("peers on equal shapes, tokens/s", rate_rows(infos), []),
@@ -72,15 +81,15 @@ def remarks(infos: list[dict]) -> list[str]:
     return lines
 
 
-def crossover_rows(infos: list[dict]) -> list[list[str]]:
-    rows = [["notes", "ours is faster from", "tried: ours s, full context s"]]
+def crossover_rows(infos: list[dict], key: str, better: str, unit: str) -> list[list[str]]:
+    rows = [["notes", f"ours is {better} from", f"tried: ours {unit}, full context {unit}"]]
     for info in infos:
-        if "crossover" in info:
+        if key in info:
             tried = (
-                f"{length:,}: {decimal(seconds['ours'])}, {decimal(seconds['full_context'])}"
-                for length, seconds in sorted(info["tried"].items())
+                f"{length:,}: {decimal(figures['ours'])}, {decimal(figures['full_context'])}"
+                for length, figures in sorted(info["tried"].items())
             )
-            found = f"{info['crossover']:,} tokens" if info["crossover"] else "none tried"
+            found = f"{info[key]:,} tokens" if info[key] else "none tried"
             rows.append([str(info["memory_tokens"]), found, "; ".join(tried)])
     return rows
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import machine
 import pytest
-from reading import CUDA, LENGTHS, MEMORY_TOKENS
+from reading import CUDA, LENGTHS, MEMORY_TOKENS, crossover
 from reading_peak import BATCH
 
 # The lengths whose difference shows what grows with the text.
@@ -23,6 +23,11 @@ ALLOWED_MIB = 4
 # 32 MiB, as larger blocks are freed, and the peak would hang on which were freed first.
 MMAP_THRESHOLD = 128 << 10
 OURS = ("ours", "ours_int8", "ours_disk")
+
+
+needs_peaks = pytest.mark.skipif(
+    not CUDA and not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc"
+)
 
 
 @functools.cache
@@ -39,9 +44,7 @@ def measure(method: str, length: int, memory_tokens: int) -> dict[str, float]:
     return json.loads(run.stdout)
 
 
-@pytest.mark.skipif(
-    not CUDA and not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc"
-)
+@needs_peaks
 @pytest.mark.parametrize("memory_tokens", MEMORY_TOKENS)
 @pytest.mark.parametrize("length", LENGTHS)
 def test_peak_memory(benchmark, request, length, memory_tokens):
@@ -74,6 +77,31 @@ def test_peak_memory(benchmark, request, length, memory_tokens):
     if length == LONG:
         assert_growth(memory_tokens)
         assert peaks["ours_disk"] <= peaks["memagent"] / 2
+
+
+@needs_peaks
+@pytest.mark.parametrize("memory_tokens", MEMORY_TOKENS)
+def test_full_context_peak_crossover(benchmark, request, memory_tokens):
+    """The least text, in whole steps, that ours takes less memory for, its bank included."""
+    if not request.config.getoption("--full") and memory_tokens != MEMORY_TOKENS[0]:
+        pytest.skip("only with --full")
+    tried = {}
+
+    def smaller(length: int) -> bool:
+        ours = measure("ours", length, memory_tokens)
+        # its peak does not depend on notes
+        full_context = measure("full_context", length, MEMORY_TOKENS[0])
+        tried[length] = {"ours": ours["peak_mib"], "full_context": full_context["peak_mib"]}
+        return tried[length]["ours"] < tried[length]["full_context"]
+
+    found = benchmark.pedantic(crossover, args=(smaller,))
+    benchmark.extra_info |= {
+        "peak_crossover": found,
+        "memory_tokens": memory_tokens,
+        "batch": BATCH,
+        "threads": machine.THREADS[-1],
+        "tried": tried,
+    }
 
 
 def assert_growth(memory_tokens: int) -> None:

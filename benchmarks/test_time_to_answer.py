@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time from a text and a question to the answer: ours, MemAgent and full context, whole runs."""
 
-import bisect
 import functools
 import math
 
@@ -9,12 +8,12 @@ import machine
 import pytest
 import torch
 from reading import (
-    CUDA,
     LENGTHS,
     MEMORY_TOKENS,
     Run,
     chosen_chunks,
     count_chunks,
+    crossover,
     make_questions,
     make_text,
     run_full_context,
@@ -28,8 +27,6 @@ SHORT = [length for length in LENGTHS if length <= 32 * 1024]
 DEFAULT = {(length, MEMORY_TOKENS[0]) for length in SHORT} | {
     (SHORT[1], tokens) for tokens in MEMORY_TOKENS
 }
-# Steps of test_full_context_crossover; where ours is slower up to the longest, there is none.
-STEP, LONGEST_STEPS = 16384 if CUDA else 2048, 17
 
 
 @pytest.fixture(autouse=True)
@@ -76,17 +73,14 @@ def test_full_context_crossover(benchmark, request, memory_tokens):
     warm_up()
     tried = {}
 
-    def faster(steps: int) -> bool:
-        length = STEP * steps
+    def faster(length: int) -> bool:
         ours = run_ours(memory_tokens, make_text(length), make_questions(1))
         tried[length] = {"ours": ours.total, "full_context": full_context(length).total}
         return tried[length]["ours"] < tried[length]["full_context"]
 
-    steps = benchmark.pedantic(
-        bisect.bisect_left, args=(range(LONGEST_STEPS), True, 1), kwargs={"key": faster}
-    )
+    found = benchmark.pedantic(crossover, args=(faster,))
     benchmark.extra_info |= {
-        "crossover": STEP * steps if steps < LONGEST_STEPS else None,
+        "crossover": found,
         "memory_tokens": memory_tokens,
         "batch": 1,
         "threads": torch.get_num_threads(),

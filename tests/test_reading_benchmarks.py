@@ -79,6 +79,23 @@ def test_questions_until_paid():
     assert paid(ours, run(ask=1.0)) is None
 
 
+@pytest.mark.parametrize("least", [1, 5, reading.STEPS, None])
+def test_crossover_is_the_least_length(least):
+    tried = {}
+
+    def better(length):
+        tried[length] = {"ours": 2.0, "full_context": 1.0}
+        return least is not None and length >= least * reading.STEP
+
+    found = reading.crossover(better)
+    assert found == (None if least is None else least * reading.STEP)
+    info = {"memory_tokens": NOTES, "tried": tried, "crossover": found}
+    ((title, rows, _),) = reading_table.sections([info])
+    assert title == "full context crossover, from nothing"
+    assert rows[1][1] == ("none tried" if found is None else f"{found:,} tokens")
+    assert rows[1][2].count("2.0, 1.0") == len(tried)
+
+
 def test_chosen_chunks_of_a_bank_on_disk_are_refused(tiny, tmp_path):
     """Its tables number pages anew, so another chunk would be let through."""
     model = reading.make_model(NOTES)
