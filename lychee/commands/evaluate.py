@@ -129,6 +129,8 @@ def evaluate(
     )
     loaded = load(runs[0].ratio)
     harness.check_settings(runs, loaded)
+    for remark in (remarks := harness.remarks(runs, loaded)):
+        print(remark, file=sys.stderr)
     cells = tasks.task_cells(names, length, request, loaded.tokenizer)
     shared = {
         "model": harness.fingerprint(model),
@@ -156,11 +158,15 @@ def evaluate(
             if not as_json:
                 print(table.row(cell), flush=True)
             if out is not None:
-                write_results(out, command, shared, table, found)
+                write_results(out, command, shared, table, found, remarks)
     if plots:
         drawing.draw_all(found, out)
     if as_json:
-        print(json.dumps({"command": command, "settings": shared, "cells": found}))
+        print(
+            json.dumps(
+                {"command": command, "settings": shared, "remarks": remarks, "cells": found}
+            )
+        )
 
 
 def gates_of(thresholds: list[float], no_gate: bool, compare: bool) -> list[str]:

@@ -11,6 +11,7 @@ from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
+from lychee.baselines.memagent import SECTION_TOKENS, MemAgent
 from lychee.data.task import TaskSample
 from lychee.errors import InputError, LycheeError
 from lychee.eval.methods import KEEPING_NOTES, OURS, LastBank, Method, PeakMemory, make_method
@@ -97,6 +98,21 @@ def check_settings(settings: Sequence[Setting], model: LycheeMemory) -> None:
     """Raise a LycheeError for the first setting that the model cannot answer with."""
     for setting in settings:
         setting.check(model)
+
+
+def remarks(settings: Sequence[Setting], model: LycheeMemory) -> list[str]:
+    """What a reader of the results should know of methods that this model does not fit well."""
+    found = []
+    for size in dict.fromkeys(s.notes for s in settings if s.method == "memagent"):
+        agent = MemAgent(model if size is None else model.limited(size=size))
+        if agent.section < SECTION_TOKENS:
+            positions = model.decoder.config.max_position_embeddings
+            found.append(
+                f"memagent reads sections of {agent.section:,} tokens in the place of "
+                f"{SECTION_TOKENS:,}, for which the model's {positions:,} positions leave no room "
+                f"beside notes of {agent.model.memory.size:,}"
+            )
+    return found
 
 
 def fingerprint(folder: Path | None) -> str:

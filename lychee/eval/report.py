@@ -160,10 +160,16 @@ def machine() -> dict[str, str | int | None]:
 
 
 def write_results(
-    folder: Path, command: str, settings: dict[str, Any], table: Table, cells: Sequence[Cell]
+    folder: Path,
+    command: str,
+    settings: dict[str, Any],
+    table: Table,
+    cells: Sequence[Cell],
+    remarks: Sequence[str] = (),
 ) -> None:
     """results.json and table.md in `folder`, beside the records they were made of."""
-    results = {"command": command, "machine": machine(), "settings": settings, "cells": list(cells)}
+    results = {"command": command, "machine": machine(), "settings": settings}
+    results |= {"remarks": list(remarks), "cells": list(cells)}
     replace_file(folder / "results.json", json.dumps(results, indent=1) + "\n")
-    rows = [table.header, *map(table.row, cells)]
-    replace_file(folder / "table.md", f"    {command}\n\n" + "\n".join(rows) + "\n")
+    parts = [f"    {command}", "\n".join([table.header, *map(table.row, cells)]), *remarks]
+    replace_file(folder / "table.md", "\n\n".join(parts) + "\n")

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import groupby, product
+from itertools import groupby, islice, product
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ from lychee.tokenizer import TextTokenizer
 Texts = Iterator[list[TaskSample]]
 QUESTIONS = 100
 LENGTHS = (4096, 16384, 65536, 131072)
+# Texts up to so many tokens may be too short for a task; the first ones are made to find out.
+SHORT, TRIED = 4096, 2
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,10 @@ def task_cells(
         kind, _, metric = MAKERS[task]
         texts = partial(make_texts, makers[kind], task, length, questions, request)
         cells.append(TaskCell(task, "", length, questions, texts, metric))
+    for cell in cells:
+        if cell.length <= SHORT:
+            for _ in islice(cell.texts(), TRIED):
+                pass
     return cells
 
 

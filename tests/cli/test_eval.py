@@ -123,6 +123,15 @@ def test_a_published_format_runs_with_every_method(evaluate):
     ]
 
 
+def test_memagents_shorter_sections_are_said(run):
+    """The shipped model's positions do not hold its 5,000 tokens."""
+    done = run("eval", "needles", *SMALL, "--method", "memagent", "--json")
+    (remark,) = json.loads(done.out)["remarks"]
+    assert re.match(r"memagent reads sections of 3,\d+ tokens in the place of 5,000", remark)
+    assert remark in done.err
+    assert json.loads(run("eval", "needles", *SMALL, "--json").out)["remarks"] == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -143,6 +152,8 @@ def test_a_published_format_runs_with_every_method(evaluate):
         (("vt", "--ratio", 4, "--ratio", 3), "ratio: expected a divisor of the window of 64"),
         (("vt", "--gate-threshold", 0.5), "gate: expected a model that has one, to set 0.5"),
         (("vt", "--notes", 99999), "notes: expected at most "),
+        (("hops_2,vt", "--length", 512, "--length", 64, "--set", "x=1"), "expected settings of"),
+        (("vt,niah_multivalue", "--length", 512, "--length", 64), "expected "),
         (("vt", "--length", 10), "Invalid value for '--length': "),
     ],
 )
