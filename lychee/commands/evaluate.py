@@ -163,9 +163,7 @@ def evaluate(
         drawing.draw_all(found, out)
     if as_json:
         print(
-            json.dumps(
-                {"command": command, "settings": shared, "remarks": remarks, "cells": found}
-            )
+            json.dumps({"command": command, "settings": shared, "remarks": remarks, "cells": found})
         )
 
 
