@@ -3,6 +3,7 @@
 products."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -27,19 +28,19 @@ def differentiable(backend):
     """A backend that uses the backward in matrix products."""
     if backend.name not in ("emulated", "cuda"):
         pytest.skip("has a backward of its own")
+    if backend.name == "emulated":
+        emulate_backward()
     return backend
 
 
-@pytest.fixture(scope="module", autouse=True)
-def emulated_backward():
+@functools.cache
+def emulate_backward():
     """The emulator has no kernel for the backward: on a GPU it is this function too."""
     import emulated
-    import host_compiler
 
-    if host_compiler.reason_without() is None:
-        emulated.module().definitions.impl(
-            "memory_attention_bwd", backward_module.memory_attention_bwd, "CPU"
-        )
+    emulated.module().definitions.impl(
+        "memory_attention_bwd", backward_module.memory_attention_bwd, "CPU"
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
