@@ -47,6 +47,19 @@ def timed(work: Callable, device) -> float:
     return begin.elapsed_time(end) / 1e3
 
 
+def waits_for_device(work: Callable) -> str:
+    """The error of a call that copies sizes or values to the host, or nothing: to be found before a
+    capture, as one that fails leaves the stream, the random numbers and the allocator in it."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        work()
+    except RuntimeError as error:
+        return str(error).partition("\n")[0]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return ""
+
+
 def measure(function: Callable, arguments: list[dict], device, *, captures=True) -> Measured:
     """Times a function that has been called before over argument sets that rotate: together they
     are larger than the L2 cache, so that each call finds its data evicted."""
@@ -66,6 +79,8 @@ def measure(function: Callable, arguments: list[dict], device, *, captures=True)
         return Measured(eager, None, "no CUDA graphs on a CPU")
     if not captures:
         return Measured(eager, None, "sizes depend on the data")
+    if reason := waits_for_device(lambda: calls(1)):
+        return Measured(eager, None, reason)
     number = clamp(max(min(count, 0.05 / one), 10), CALLS)
     try:
         graph = torch.cuda.CUDAGraph()
