@@ -63,22 +63,24 @@ describe() {
 : >"$out/summary.txt"
 describe 2>&1 | tee -a "$out/summary.txt"
 
-if ! part build 150 200 "$python" setup.py build_ext --inplace; then
+if ! part build 240 200 "$python" setup.py build_ext --inplace; then
   say "Without the CUDA library, what follows is of the Triton kernels."
   LYCHEE_CUDA=0 part build_cpu 60 180 "$python" setup.py build_ext --inplace
 fi
 
 if has pytest; then
-  tests=("$python" -m pytest -q -p no:cacheprovider tests/kernels)
+  # with names: where the time is up, the log says what failed until then
+  tests=("$python" -m pytest -v --tb=short -p no:cacheprovider tests/kernels)
   workers=()
   # the Triton kernels compile for every combination of options
   if has xdist; then workers=(-n 8); fi
-  part tests 120 190 "${tests[@]}" --durations=5 "${workers[@]}" -k "cuda or triton"
+  part tests 120 190 "${tests[@]}" --durations=5 "${workers[@]}" \
+    -k "(cuda or triton) and not absent_gpus"
   if command -v compute-sanitizer >/dev/null; then
     # Kernels of PyTorch are not looked at. Every allocation is one of its own, so that the first
     # access beyond it is found.
     sanitizer=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9
-      --kernel-regex kns=lychee --print-limit 20)
+      --kernel-name kns=lychee --print-limit 20)
     small=(-k "cuda and backends and not (billion or every_pair or schedule or bank_is_written)")
     part memcheck 90 130 "${sanitizer[@]}" --tool memcheck "${tests[@]}" "${small[@]}" &
     memcheck=$!
