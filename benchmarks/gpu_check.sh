@@ -72,10 +72,8 @@ if has pytest; then
   # with names: where the time is up, the log says what failed until then
   tests=("$python" -m pytest -v --tb=short -p no:cacheprovider tests/kernels)
   workers=()
-  # the Triton kernels compile for every combination of options
   if has xdist; then workers=(-n 8); fi
-  part tests 120 190 "${tests[@]}" --durations=5 "${workers[@]}" \
-    -k "(cuda or triton) and not absent_gpus"
+  part tests 90 160 "${tests[@]}" --durations=5 "${workers[@]}" -k cuda
   if command -v compute-sanitizer >/dev/null; then
     # Kernels of PyTorch are not looked at. Every allocation is one of its own, so that the first
     # access beyond it is found.
@@ -92,8 +90,11 @@ if has pytest; then
     say "memcheck, racecheck: left out, there is no compute-sanitizer"
     failed=1
   fi
+  # on their own: they compile for every combination of options
+  part triton_tests 90 100 "${tests[@]}" --durations=5 "${workers[@]}" \
+    -k "triton and not cuda and not absent_gpus"
 else
-  say "tests, memcheck, racecheck: left out, there is no pytest"
+  say "tests, memcheck, racecheck, triton_tests: left out, there is no pytest"
   failed=1
 fi
 

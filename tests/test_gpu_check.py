@@ -60,7 +60,7 @@ def check(folder, failing="nothing"):
 def test_script_runs_every_part(tmp_path):
     code, summary, calls = check(tmp_path)
     assert code == 0, summary
-    for part in ("build", "tests", "memcheck", "racecheck", "benchmarks"):
+    for part in ("build", "tests", "memcheck", "racecheck", "triton_tests", "benchmarks"):
         assert f"{part}: passed" in summary
         assert (tmp_path / "out" / f"{part}.log").exists()
     assert "build_ext --inplace" in calls and "benchmarks/gpu.py" in calls
@@ -69,13 +69,18 @@ def test_script_runs_every_part(tmp_path):
 
 @pytest.mark.parametrize(
     ("failing", "part"),
-    [("cuda or triton", "tests"), ("racecheck", "racecheck"), ("gpu.py", "benchmarks")],
+    [
+        ("-n 8 -k cuda", "tests"),
+        ("racecheck", "racecheck"),
+        ("triton and", "triton_tests"),
+        ("gpu.py", "benchmarks"),
+    ],
 )
 def test_script_goes_on_after_a_failure_and_reports_it(tmp_path, failing, part):
     code, summary, _ = check(tmp_path, failing)
     assert code == 1
     assert f"{part}: failed with status" in summary
-    assert summary.count(": passed") == 4
+    assert summary.count(": passed") == 5
 
 
 def test_script_says_what_is_missing(tmp_path):
