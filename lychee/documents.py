@@ -22,6 +22,7 @@ from lychee.errors import InputError
 TEXTS, JSON_LINES = (".txt", ".md"), ".jsonl"
 SUFFIXES = (*TEXTS, JSON_LINES)
 STANDARD_INPUT = "-"
+LONGEST_PATH = 4096
 
 
 def read_documents(source: str | Path | Sequence[str | Path | Document]) -> list[Document]:
@@ -31,10 +32,12 @@ def read_documents(source: str | Path | Sequence[str | Path | Document]) -> list
         source: a text (a single str), or a path, or a list of paths and documents read already.
 
     Raises:
-        InputError: nothing to read; a file that is missing, empty, binary or not UTF-8; a line of
+        InputError: nothing to read; a file that is missing, empty, binary or not UTF-8; a text that
+            is only the name of a file; a line of
             JSON lines without the texts "id" and "text"; two documents of one name.
     """
     if isinstance(source, str):
+        refuse_name(source)
         documents = [Document("text", source)]
     else:
         paths = [source] if isinstance(source, Path) else list(source)
@@ -45,6 +48,17 @@ def read_documents(source: str | Path | Sequence[str | Path | Document]) -> list
         if not is_text(document.name):
             raise InputError(f"{document.name!r}: expected a name in UTF-8, got other bytes")
     return list(check_documents(documents))
+
+
+def refuse_name(text: str) -> None:
+    """Refuse a text that was meant as a path: the name of a file is nothing to remember."""
+    if len(text) > LONGEST_PATH:
+        return
+    single = len(text.split()) == 1 and text.lower().endswith(SUFFIXES)
+    if single or os.path.isfile(text):
+        raise InputError(
+            f"{text}: expected a text, got the name of a file", "pass pathlib.Path(...) to read it"
+        )
 
 
 def read_path(path: str | Path | Document) -> list[Document]:

@@ -73,7 +73,8 @@ class LycheeMemory:
             dtype: "auto" is float32 on a CPU and the stored dtype on a GPU.
 
         Raises:
-            CheckpointError, UnsupportedModelError, MemoryConfigError: with one line that says why.
+            LycheeError: CheckpointError, UnsupportedModelError, MemoryConfigError, or InputError of
+                the device; each is one line that says why.
 
         A folder without trained memory parameters loads as well: its compressor then starts as a
         copy of the ordinary projections, `trained` is False and answers are not to be relied on.
@@ -133,13 +134,14 @@ class LycheeMemory:
         """Read texts once and compress them into a new bank in memory.
 
         Args:
-            source: a text, the path or paths of UTF-8 text files, or documents.
+            source: a text (a str), the Path or paths of UTF-8 text files, or documents.
             bank_dtype: float32, float16, bfloat16, int8 or e4m3; "auto" is the model's.
             tier: "auto" keeps the bank where the model is, "cpu" in the CPU's memory.
             progress: called with (tokens done, tokens in all).
 
         Raises:
-            InputError: a missing, empty or binary file, or an empty text.
+            InputError: a missing, empty or binary file, an empty text, or a text that is only the
+                name of a file.
         """
         bank = MemoryBank(self, bank_dtype, tier)
         report = progress and (lambda p: progress(p.tokens, p.tokens_total))
@@ -183,6 +185,12 @@ class LycheeMemory:
             InputError: an empty question, or one longer than the checkpoint's limit.
             BankMismatchError: a bank of another model or geometry.
         """
+        if not isinstance(bank, MemoryBank):
+            raise InputError(f"bank: expected what `remember` returns, got {type(bank).__name__}")
+        if isinstance(questions, str):
+            raise InputError("questions: expected several texts, got one", "ask it with `ask`")
+        if not questions:
+            return []
         bank.check_model(self)
         return Asking(self, bank, reading, sampling, on_step).run(questions, on_token)
 
@@ -224,6 +232,8 @@ class LycheeMemory:
 
     def encode_question(self, question: str) -> list[int]:
         """Token ids of a question; InputError if it is empty or longer than the limit."""
+        if not isinstance(question, str):
+            raise InputError(f"question: expected text, got {type(question).__name__}")
         ids = self.tokenizer.encode(question.strip())
         if not ids:
             raise InputError("question: expected text, got nothing")
@@ -236,7 +246,13 @@ class LycheeMemory:
 
 def pick_device(device: str | torch.device) -> torch.device:
     best = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(best if device == "auto" else device)
+    try:
+        found = torch.device(best if device == "auto" else device)
+    except RuntimeError as error:
+        raise InputError(f"device: expected auto, cpu or cuda, got {device!r}") from error
+    if found.type == "cuda" and best == "cpu":
+        raise InputError(f"device: expected cpu, as torch sees no GPU here, got {device}")
+    return found
 
 
 def pick_dtype(dtype: str | torch.dtype, raw: dict, device: torch.device) -> torch.dtype:

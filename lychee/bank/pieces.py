@@ -52,6 +52,11 @@ class Piece(NamedTuple):
 
 def check_document(document: Document) -> None:
     """Raise InputError for a document that no bank can hold."""
+    if not (hasattr(document, "name") and hasattr(document, "text")):
+        raise InputError(
+            f"documents: expected Document, got {type(document).__name__}",
+            "read paths with lychee.documents.read_documents",
+        )
     if not 0 < len(document.name) <= LONGEST_NAME:
         raise InputError(
             f"document name: expected 1 to {LONGEST_NAME} characters, got {len(document.name)}"

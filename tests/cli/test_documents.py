@@ -73,6 +73,15 @@ def test_closed_standard_input(monkeypatch):
     assert refused("-") == "-: expected standard input, got none"
 
 
+@pytest.mark.parametrize("text", ["book.txt", "my/Notes.MD", "LICENSE"])
+def test_the_name_of_a_file_is_no_text(text, tmp_path, monkeypatch):
+    (tmp_path / "LICENSE").write_text("Free.")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=f"{text}: expected a text, got the name .*Path"):
+        read_documents(text)
+    assert read_documents(f"See {text}")[0].text == f"See {text}"
+
+
 def test_text_and_documents_pass_as_they_are():
     assert read_documents("some text") == [Document("text", "some text")]
     documents = [Document("a", "one"), Document("b", "two")]

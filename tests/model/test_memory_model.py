@@ -156,6 +156,27 @@ def test_bad_questions(tiny_model, prose):
         tiny_model.ask(bank, prose(200))
 
 
+def test_what_is_no_bank_question_or_document_is_refused_by_name(tiny_model, prose, tmp_path):
+    bank = tiny_model.remember(prose(50))
+    with pytest.raises(InputError, match="bank: expected what `remember` returns, got str"):
+        tiny_model.ask(prose(50), "who came")
+    with pytest.raises(InputError, match="question: expected text, got NoneType"):
+        tiny_model.ask(bank, None)
+    with pytest.raises(InputError, match="questions: expected several texts, got one"):
+        tiny_model.ask_many(bank, "who came")
+    assert tiny_model.ask_many(bank, []) == []
+    with pytest.raises(InputError, match="documents: expected Document, got PosixPath; read paths"):
+        bank.add([tmp_path / "book.txt"])
+
+
+def test_a_device_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(InputError, match="device: expected cpu, as torch sees no GPU here, got"):
+        LycheeMemory.from_pretrained(device="cuda")
+    with pytest.raises(InputError, match="device: expected auto, cpu or cuda, got 'gpu'"):
+        LycheeMemory.from_pretrained(device="gpu")
+
+
 def test_a_bank_of_other_geometry_is_refused(tiny_model, prose, tmp_path):
     tiny_model.save_pretrained(tmp_path)
     bank = LycheeMemory.from_pretrained(tmp_path, ratio=2).remember(prose(50))
