@@ -60,7 +60,8 @@ def evaluate(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of texts, facts and places.")] = 0,
     split: Annotated[
-        str, typer.Option(help="Of names and texts: train, validation, test, or all.")
+        str,
+        typer.Option(help="Of names and texts: train, validation, test, or all; not of needles."),
     ] = "test",
     settings: Annotated[
         list[str] | None,

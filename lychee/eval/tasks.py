@@ -126,6 +126,8 @@ def task_cells(
     for task in tasks:
         if task in MAKERS:
             MAKERS[task][1](task, request.difficulty)
+        elif request.difficulty:
+            raise InputError(f"{task}: expected no settings, got {', '.join(request.difficulty)}")
         if task in MULTI_HOP_TASKS and request.split is None:
             raise InputError(f"{task}: split: expected one of {', '.join(SPLITS)}, got all of them")
     books = read_books(request.files) if request.files else [read_book(None)[1]]

@@ -140,6 +140,7 @@ def test_memagents_shorter_sections_are_said(run):
         (("vt", "--method", "magic"), "method: expected one of ours, "),
         (("vt", "--set", "hops"), "--set: expected NAME=VALUE, got 'hops'"),
         (("vt", "--set", "keys=2"), "vt: expected settings of haystack, chains, hops, shuffled"),
+        (("needles", "--set", "keyz=3"), "needles: expected no settings, got keyz"),
         (
             ("vt", "--split", "dev"),
             "split: expected one of train, validation, test, all, got",
