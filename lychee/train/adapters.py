@@ -60,9 +60,18 @@ def save_adapter_folder(
 def merge_adapter_folder(base: Path, adapter: Path, out: Path, dtype: torch.dtype) -> None:
     """Write the model folder that a base folder and its trained adapter make together.
 
+    `adapter` is the folder of the run, or the one inside that holds the adapter.
+
     Raises:
         CheckpointError: a file is missing or broken, or the adapter is another model's.
     """
+    if not (adapter / SETTINGS).is_file():
+        adapter = adapter / "adapter"
+    if not (adapter / SETTINGS).is_file():
+        raise CheckpointError(
+            f"{adapter.parent}: expected the folder of a LoRA run, got none",
+            "name the --out of a finished training with [lora]",
+        )
     settings = read_json(adapter / SETTINGS)
     memory = MemoryConfig.from_dict(settings)
     raw = read_config(base)

@@ -104,6 +104,13 @@ def test_base_and_adapter_merge_to_the_trained_model(tmp_path, trained, base):
     assert config == (trained / "model" / "config.json").read_text()
 
 
+def test_merging_takes_the_folder_of_the_run(tmp_path, base, trained):
+    merge_adapter_folder(base, trained, tmp_path / "out", torch.float32)
+    assert (tmp_path / "out" / "config.json").is_file()
+    with pytest.raises(CheckpointError, match="expected the folder of a LoRA run, got none; name"):
+        merge_adapter_folder(base, tmp_path, tmp_path / "second", torch.float32)
+
+
 def test_resuming_gives_the_same_weights(tmp_path, books, base, trained):
     recipe = PretrainRecipe.load(write_recipe(tmp_path, LORA_RECIPE))
     part = Pretraining(recipe, tmp_path / "part", books=books, start=base)
