@@ -31,6 +31,8 @@ def run() -> int:
         return FAILED
     except LycheeError as error:
         return refuse(str(error))
+    except FileExistsError as error:
+        return refuse(f"{error.filename}: expected a folder, got a file")
     except OSError as error:
         return refuse(f"{error.filename or 'input or output'}: {error.strerror or error}")
     except ImportError as error:
@@ -48,8 +50,10 @@ def run_command() -> int:
     """The command itself, imported only now: Ctrl-C must find its handler already there."""
     from lychee import commands
 
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")
+    for stream in ("stdout", "stderr"):
+        if getattr(sys, stream) is None:  # closed by whoever started the command
+            setattr(sys, stream, open(os.devnull, "w", encoding="utf-8"))
+        getattr(sys, stream).reconfigure(errors="backslashreplace")
     try:
         status = commands.app(prog_name="lychee", standalone_mode=False)
     except commands.Aborted:

@@ -37,7 +37,7 @@ Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="TOML recipe.")]
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the run.")]
 Books = Annotated[
     Path | None,
-    typer.Option("--books", metavar="DIR", help="Folder of texts, and of [data] files."),
+    typer.Option("--books", metavar="DIR", help="Folder of texts, and of the recipe's data files."),
 ]
 Start = Annotated[
     Path | None, typer.Option("--start", metavar="DIR", help="Model folder to start from.")

@@ -102,7 +102,7 @@ class NeedleMaker:
             raise InputError(
                 f"words: expected at least 16 common ones of the books to draw from, "
                 f"got {len(words)}",
-                "give more or longer books",
+                "give more or longer books, or a larger vocabulary",
             )
         self.words = words
         self.random = seed if isinstance(seed, random.Random) else random.Random(seed)

@@ -190,7 +190,9 @@ def load_file(cls: type, path: Path, what: str) -> Any:
     """An instance of a dataclass from a TOML file, which errors call `what`."""
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise InputError(f"{path}: expected {what}, got: {error.strerror}") from error
+    except ValueError as error:
         raise InputError(f"{path}: expected {what}, got: {error}") from error
     return read_fields(cls, raw, f"{path}: ")
 

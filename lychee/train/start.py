@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,9 @@ def find_files(folder: Path | None, patterns: tuple[str, ...]) -> list[Path]:
         if patterns:
             raise InputError(f"books: expected a folder that holds {patterns[0]}, got none")
         return []
+    if not folder.is_dir():
+        found = "a file" if folder.exists() else "no such folder"
+        raise InputError(f"{folder}: expected a folder of texts, got {found}")
     paths: dict[Path, None] = {}
     for pattern in patterns:
         try:
@@ -56,7 +61,16 @@ def load_samples(folder: Path | None, data: DataSettings | None) -> list[TaskSam
 def load_books(folder: Path | None, patterns: tuple[str, ...]) -> list[str]:
     """Texts that a recipe names in the folder of books; every *.txt there if it names none."""
     paths = find_files(folder, patterns or ("*.txt",) * (folder is not None))
-    return [path.read_text(encoding="utf-8", errors="replace") for path in paths]
+    return [read_book(path) for path in paths]
+
+
+def read_book(path: Path) -> str:
+    """A text as it is; InputError where it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        byte = f"{error.object[error.start]:#04x} at {error.start}"
+        raise InputError(f"{path}: expected UTF-8 text, got byte {byte}") from error
 
 
 def fingerprint(texts: list[str], samples: list[TaskSample]) -> str:
@@ -92,6 +106,20 @@ def new_model(recipe: Recipe, texts: list[str], folder: Path) -> LycheeMemory:
             f"got {max(config.eos_token_ids)}"
         )
     return LycheeMemory(new_decoder(config, memory.param, recipe.seed), tokenizer, raw, memory)
+
+
+@contextmanager
+def no_tokenizer_left(folder: Path) -> Iterator[None]:
+    """Take a new tokenizer away where the run does not begin: the next may have other texts."""
+    path = folder / "tokenizer.json"
+    found = path.exists()
+    try:
+        yield
+    except BaseException:
+        if not found:
+            with suppress(OSError):
+                path.unlink()
+        raise
 
 
 def folder_model(recipe: Recipe, folder: Path) -> LycheeMemory:

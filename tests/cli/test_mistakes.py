@@ -2,8 +2,10 @@
 """What a user can get wrong: one line on standard error, exit code 2, nothing else."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
 
 import pytest
 from tokenizers import Tokenizer
@@ -209,3 +211,48 @@ def test_training_recipe_missing(refuse, tmp_path):
     line = refuse("train", "pretrain", *paths)
     assert line.startswith(f"{tmp_path / 'none.toml'}: expected a training recipe, got: ")
     assert not (tmp_path / "run").exists()
+
+
+RECIPE = b"""[[stage]]
+steps = 1
+chunk = 64
+batch = 1
+questions = 1
+facts = [0, 1]
+learning_rate = [0, 0]
+"""
+
+
+def test_training_into_a_file(refuse, tmp_path):
+    recipe = write(tmp_path / "run.toml", RECIPE)
+    line = refuse("train", "sft", recipe, "--out", recipe)
+    assert line == f"{recipe}: expected a folder, got a file"
+
+
+@pytest.mark.parametrize(("name", "got"), [("none", "no such folder"), ("book.txt", "a file")])
+def test_training_on_no_folder_of_books(refuse, tmp_path, name, got):
+    recipe = write(tmp_path / "run.toml", RECIPE)
+    write(tmp_path / "book.txt", b"Words.")
+    line = refuse("train", "sft", recipe, "--books", tmp_path / name, "--out", tmp_path / "run")
+    assert line == f"{tmp_path / name}: expected a folder of texts, got {got}"
+
+
+def test_training_on_text_that_is_not_utf_8(refuse, tmp_path):
+    recipe = write(tmp_path / "run.toml", RECIPE)
+    book = write(tmp_path / "book.txt", "Caf\u00e9 noir".encode("latin-1"))
+    line = refuse("train", "sft", recipe, "--books", tmp_path, "--out", tmp_path / "run")
+    assert line == f"{book}: expected UTF-8 text, got byte 0xe9 at 3"
+
+
+def test_closed_output(run, tmp_path):
+    """Whoever starts the command may have closed its standard output."""
+    close = {"stdout": None, "preexec_fn": lambda: os.close(1), "capture_output": False}
+    done = run("info", tmp_path, stderr=subprocess.PIPE, **close)
+    assert done.returncode == 2
+    assert the_line(2, "", done.stderr).startswith(f"{tmp_path}: expected a memory bank")
+
+
+def test_help_keeps_its_words(invoke):
+    """No word of the help is taken for markup."""
+    words = " ".join(invoke("train", "sft", "--help").out.replace("│", " ").split())
+    assert "Folder of texts, and of the recipe's data files." in words
