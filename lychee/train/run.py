@@ -40,6 +40,7 @@ from lychee.train.start import (
     identity,
     load_books,
     load_samples,
+    no_tokenizer_left,
     starting_model,
 )
 
@@ -284,7 +285,8 @@ class TrainingRun:
                 f"{folder}: expected a folder without a run, got one with a checkpoint",
                 "add --resume, or choose another folder",
             )
-        run = cls(recipe, folder, books=books, start=start, device=device, shard=shard)
+        with no_tokenizer_left(folder):
+            run = cls(recipe, folder, books=books, start=start, device=device, shard=shard)
         try:
             if run.state_path.exists():
                 run.resume()

@@ -163,6 +163,18 @@ def test_a_ratio_that_does_not_divide_the_window_is_refused(tmp_path, books):
         small_run(tmp_path / "run", books, recipe)
 
 
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_run_that_does_not_begin_leaves_no_tokenizer_of_its_own(tmp_path, books, earlier):
+    """The next run in the folder may have other texts."""
+    (tmp_path / "book.txt").write_text("A few words.")
+    folder = tmp_path / "run"
+    if earlier:
+        run_folder(folder, books)
+    with pytest.raises(InputError, match="expected at least 89 tokens|vocab_size"):
+        Pretraining.train(write_recipe(tmp_path, TEXT_RECIPE), folder, books=tmp_path)
+    assert (folder / "tokenizer.json").exists() == earlier
+
+
 def test_missing_books_are_named(tmp_path):
     with pytest.raises(InputError, match="expected the recipe's books, got no book.txt"):
         Pretraining.train(write_recipe(tmp_path), tmp_path / "run", books=tmp_path)
