@@ -25,7 +25,10 @@ def save_bank(bank: MemoryBank, path: Path, overwrite: bool) -> None:
     """See MemoryBank.save."""
     with BankWriter(path) as writer:
         if writer.manifest is not None and not overwrite:
-            raise BankError(f"{path}: expected no bank yet, got one", "overwrite it on purpose")
+            raise BankError(
+                f"{path}: expected no bank yet, got one",
+                "name another folder, or save with overwrite=True",
+            )
         texts: dict[int, TextPlace] = {}
         chunks: dict[int, list[ChunkRecord]] = {}
         segments: dict[str, SegmentRecord] = {}
