@@ -145,9 +145,11 @@ def prepare(
         bank = MemoryBank.open(banks[0], tier=tier)
         opened = time.perf_counter() - started
         if not len(bank):
+            begun = bank.describe()["unfinished"]
+            state = "unfinished" if begun else "empty"
             raise InputError(
-                f"{bank.path}: expected documents, got an empty bank",
-                "put some in with 'lychee add'",
+                f"{bank.path}: expected documents, got an {state} bank",
+                "go on with 'lychee build --resume'" if begun else "put some in with 'lychee add'",
             )
         if bank_dtype not in ("auto", bank.dtype):
             raise InputError(

@@ -9,6 +9,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from lychee import LycheeMemory
+from lychee.bank import BankBuilder, Document
 from lychee.bank.folder import BankWriter
 
 QUESTION = ("-q", "What is it?")
@@ -116,6 +117,20 @@ def test_bank_without_documents(refuse, bank, options, answer_of):
     answer_of("rm", bank, *(document["name"] for document in answer_of("info", bank)["documents"]))
     line = refuse("ask", bank, *QUESTION, *options)
     assert line.startswith(f"{bank}: expected documents, got an empty bank; ")
+
+
+def test_bank_of_an_interrupted_build(refuse, tmp_path, text, model_folder, monkeypatch):
+    monkeypatch.setattr("lychee.bank.build.COMMIT_SECONDS", 0)
+
+    def stop(progress):
+        if progress.tokens > 0.5 * progress.tokens_total:
+            raise KeyboardInterrupt
+
+    path, model = tmp_path / "bank", LycheeMemory.from_pretrained(model_folder)
+    with pytest.raises(KeyboardInterrupt), BankBuilder(model, path) as builder:
+        builder.add([Document("long", 4 * text)], stop)
+    line = refuse("ask", path, *QUESTION, "--model", model_folder)
+    assert line.startswith(f"{path}: expected documents, got an unfinished bank; go on with ")
 
 
 def test_ratio_that_is_not_the_banks(refuse, bank, options):
