@@ -32,9 +32,9 @@ def read_documents(source: str | Path | Sequence[str | Path | Document]) -> list
         source: a text (a single str), or a path, or a list of paths and documents read already.
 
     Raises:
-        InputError: nothing to read; a file that is missing, empty, binary or not UTF-8; a text that
-            is only the name of a file; a line of
-            JSON lines without the texts "id" and "text"; two documents of one name.
+        InputError: nothing to read; a text that is only the name of a file; a file that is missing,
+            empty, binary or not UTF-8; a line of JSON lines without the texts "id" and "text"; two
+            documents of one name.
     """
     if isinstance(source, str):
         refuse_name(source)

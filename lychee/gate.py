@@ -25,7 +25,7 @@ from lychee.allocator import return_freed_memory
 from lychee.decoder import Decoder, Layer, Pages, linear_into, rotate
 from lychee.errors import MemoryConfigError
 from lychee.generate import PromptBatch, prefill_step
-from lychee.lora import LoraLinear, LowRank
+from lychee.lora import LoraLinear, LowRank, merged_copy
 
 # Tokens of prompts in one pass over several questions, which bounds its activations.
 PASS_TOKENS = 4096
@@ -158,7 +158,8 @@ class Gate(nn.Module):
         decoder, config, tail = self.decoder, self.decoder.config, self.config.tail
         end = min(config.eos_token_ids, default=0)
         rows = [prompt + draft for prompt, draft in zip(prompts, notes, strict=True)]
-        batch = widen(PromptBatch.build(rows, first_position, 0, decoder.device), tail + 1)
+        batch = PromptBatch.build(rows, first_position, 0, decoder.device)
+        batch = batch.widened(tail + 1)  # every row has a tail and something before it
         width = batch.ids.shape[1]
         cos, sin = decoder.rope_tables(first_position + width)
         cos, sin = cos[batch.positions][:, None], sin[batch.positions][:, None]
@@ -290,21 +291,3 @@ def close(layer: Layer, linears: dict[str, nn.Module], x: Tensor, out: Tensor) -
     linear_into(linears["o"], rows.flatten(0, 1), x.flatten(0, 1), add=True)
     layer.add_mlp(x.flatten(0, 1))
     return x
-
-
-def widen(batch: PromptBatch, width: int) -> PromptBatch:
-    """Pad on the left to at least `width`, so that every row has a tail and something before it."""
-    missing = width - batch.ids.shape[1]
-    if missing <= 0:
-        return batch
-    valid = torch.ones_like(batch.ids, dtype=torch.bool) if batch.valid is None else batch.valid
-    return PromptBatch(*(F.pad(t, (missing, 0)) for t in (batch.ids, batch.positions, valid)))
-
-
-@torch.no_grad()
-def merged_copy(adapted: LoraLinear) -> nn.Linear:
-    """A plain layer that computes what an adapted one does, beside the one it adapts."""
-    linear = nn.Linear(adapted.in_features, adapted.out_features, bias=False, device="meta")
-    linear.weight = nn.Parameter(adapted.weight, requires_grad=False)
-    linear.bias = adapted.bias
-    return linear

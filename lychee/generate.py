@@ -7,6 +7,7 @@ from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lychee.allocator import return_freed_memory
@@ -87,6 +88,14 @@ class PromptBatch:
         if bool(padding.any()):
             valid = (torch.arange(width + extra)[None] >= padding).to(device)
         return cls(torch.tensor(rows).to(device), positions.to(device), valid)
+
+    def widened(self, width: int) -> PromptBatch:
+        """Padded on the left to at least `width`."""
+        missing = width - self.ids.shape[1]
+        if missing <= 0:
+            return self
+        valid = torch.ones_like(self.ids, dtype=torch.bool) if self.valid is None else self.valid
+        return PromptBatch(*(F.pad(t, (missing, 0)) for t in (self.ids, self.positions, valid)))
 
 
 def prefill_step(device: torch.device, rows: int) -> int:

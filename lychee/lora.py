@@ -188,3 +188,12 @@ def load_adapters(path: Path, module: nn.Module) -> None:
                 tensor.copy_(stored)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: expected a file of adapters, got: {error}", "") from error
+
+
+@torch.no_grad()
+def merged_copy(adapted: LoraLinear) -> nn.Linear:
+    """A plain layer that computes what an adapted one does, beside the one it adapts."""
+    linear = nn.Linear(adapted.in_features, adapted.out_features, bias=False, device="meta")
+    linear.weight = nn.Parameter(adapted.weight, requires_grad=False)
+    linear.bias = adapted.bias
+    return linear

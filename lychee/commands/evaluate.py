@@ -130,8 +130,6 @@ def evaluate(
     )
     loaded = load(runs[0].ratio)
     harness.check_settings(runs, loaded)
-    for remark in (remarks := harness.remarks(runs, loaded)):
-        print(remark, file=sys.stderr)
     cells = tasks.task_cells(names, length, request, loaded.tokenizer)
     shared = {
         "model": harness.fingerprint(model),
@@ -150,7 +148,7 @@ def evaluate(
         dict.fromkeys(name for cell in cells for name in cell.breakdown),
         metric or [cells[0].metric if len({cell.metric for cell in cells}) == 1 else "score"],
     )
-    command, found = shlex.join(["lychee", *sys.argv[1:]]), []
+    about, found = describe(shared, harness.remarks(runs, loaded)), []
     if not as_json:
         print(table.header, flush=True)
     with ProgressDisplay("Evaluating", "questions") as display:
@@ -159,13 +157,19 @@ def evaluate(
             if not as_json:
                 print(table.row(cell), flush=True)
             if out is not None:
-                write_results(out, command, shared, table, found, remarks)
+                write_results(out, about, table, found)
     if plots:
         drawing.draw_all(found, out)
     if as_json:
-        print(
-            json.dumps({"command": command, "settings": shared, "remarks": remarks, "cells": found})
-        )
+        print(json.dumps(about | {"cells": found}))
+
+
+def describe(settings: dict[str, Any], remarks: list[str]) -> dict[str, Any]:
+    """What results say of their run; the remarks are said at once, too."""
+    for remark in remarks:
+        print(remark, file=sys.stderr)
+    command = shlex.join(["lychee", *sys.argv[1:]])
+    return {"command": command, "settings": settings, "remarks": remarks}
 
 
 def gates_of(thresholds: list[float], no_gate: bool, compare: bool) -> list[str]:

@@ -159,17 +159,13 @@ def machine() -> dict[str, str | int | None]:
     }
 
 
-def write_results(
-    folder: Path,
-    command: str,
-    settings: dict[str, Any],
-    table: Table,
-    cells: Sequence[Cell],
-    remarks: Sequence[str] = (),
-) -> None:
-    """results.json and table.md in `folder`, beside the records they were made of."""
-    results = {"command": command, "machine": machine(), "settings": settings}
-    results |= {"remarks": list(remarks), "cells": list(cells)}
+def write_results(folder: Path, about: dict[str, Any], table: Table, cells: Sequence[Cell]) -> None:
+    """results.json and table.md in `folder`, beside the records they were made of.
+
+    `about`: the run's command, settings and remarks.
+    """
+    results = about | {"machine": machine(), "cells": list(cells)}
     replace_file(folder / "results.json", json.dumps(results, indent=1) + "\n")
-    parts = [f"    {command}", "\n".join([table.header, *map(table.row, cells)]), *remarks]
+    rows = "\n".join([table.header, *map(table.row, cells)])
+    parts = [f"    {about['command']}", rows, *about["remarks"]]
     replace_file(folder / "table.md", "\n\n".join(parts) + "\n")
