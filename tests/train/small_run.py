@@ -61,6 +61,33 @@ learning_rate = [3e-3, 1e-5]
 ratios = [2, 4]
 """
 
+GATE_RECIPE = f"""
+seed = 0
+save_every = 2
+log_every = 2
+books = ["book.txt"]
+held_out = 0.3
+validation = 40
+least_recall = 0.9
+export = "float32"
+
+{MODEL}
+
+[gate]
+layers = 3
+tail = 4
+opening = 1
+rank = 4
+
+[[stage]]
+steps = 4
+chunk = 64
+batch = 3
+questions = 8
+facts = [0, 3]
+learning_rate = [5e-3, 1e-4]
+"""
+
 
 def write_recipe(folder, text=RECIPE):
     path = folder / "recipe.toml"

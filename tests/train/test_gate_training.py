@@ -5,45 +5,18 @@ import json
 
 import pytest
 import torch
-from small_run import MODEL
+from small_run import GATE_RECIPE
 
 from lychee import LycheeMemory
 from lychee.errors import InputError, MemoryConfigError
 from lychee.prompts import PromptTemplate
 from lychee.train.gate import GateRecipe, GateTraining, calibrate, score_turns
 
-RECIPE = f"""
-seed = 0
-save_every = 2
-log_every = 2
-books = ["book.txt"]
-held_out = 0.3
-validation = 40
-least_recall = 0.9
-export = "float32"
-
-{MODEL}
-
-[gate]
-layers = 3
-tail = 4
-opening = 1
-rank = 4
-
-[[stage]]
-steps = 4
-chunk = 64
-batch = 3
-questions = 8
-facts = [0, 3]
-learning_rate = [5e-3, 1e-4]
-"""
-
 
 @pytest.fixture
 def recipe(tmp_path):
     path = tmp_path / "gate.toml"
-    path.write_text(RECIPE)
+    path.write_text(GATE_RECIPE)
     return path
 
 
@@ -161,6 +134,6 @@ def test_split_takes_a_rendered_prompt_apart():
 )
 def test_bad_recipes(tmp_path, change, message):
     path = tmp_path / "gate.toml"
-    path.write_text(RECIPE.replace(*change))
+    path.write_text(GATE_RECIPE.replace(*change))
     with pytest.raises((InputError, MemoryConfigError), match=message):
         GateRecipe.load(path)

@@ -11,7 +11,7 @@ from contextlib import suppress
 
 import pytest
 import torch
-from small_run import RECIPE, run_folder, small_run, weights, write_recipe
+from small_run import GATE_RECIPE, RECIPE, run_folder, small_run, weights, write_recipe
 
 from lychee.errors import InputError
 from lychee.train.gate import GateRecipe, GateTraining
@@ -23,23 +23,6 @@ PLACE = RECIPE.rindex("[[stage]]")
 TEXTS = RECIPE[PLACE:] + "language = 0.5\nrecite = 0.5\ncontinuation = 0.5\nspan = 16\n"
 WHOLE = RECIPE[:PLACE].replace("log_every = 2", "log_every = 1") + TEXTS
 FIRST = WHOLE[:PLACE]
-GATE = f"""held_out = 0.3
-validation = 20
-{RECIPE[: RECIPE.index("[[stage]]")]}
-[gate]
-layers = 3
-tail = 4
-opening = 1
-rank = 4
-
-[[stage]]
-steps = 4
-chunk = 64
-batch = 4
-questions = 6
-facts = [0, 3]
-learning_rate = [5e-3, 1e-4]
-"""
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +103,7 @@ def test_two_processes_give_the_losses_of_one(tmp_path, books, one):
 
 def test_two_processes_train_the_gate_of_one(tmp_path, books):
     """Their shares of a batch differ in the number of turns that the gate is asked for."""
-    recipe = write_recipe(tmp_path, GATE)
+    recipe = write_recipe(tmp_path, GATE_RECIPE)
     alone, shared = (run_folder(tmp_path / name, books) for name in ("alone", "shared"))
     GateTraining(GateRecipe.load(recipe), alone, books=books).run()
     run_two(*arguments(recipe, shared, books, stage="gate"))
