@@ -185,7 +185,11 @@ class MemoryConfig:
 
     Names without prefix; in config.json each stands as `lychee_memory_<name>`, as the released
     checkpoints have it (window, ratio, param, embed_init), next to this project's own (chunk,
-    size, answer, question, passes, together, templates, cut).
+    size, answer, question, passes, together, templates, cut, margin).
+
+    `margin` is the number of blank tokens that are compressed behind a chunk's text, as a part of
+    its `chunk` tokens: what a token says may be kept by the memory tokens of the next few groups,
+    which the last tokens of a chunk would not have.
     """
 
     window: int = 1024
@@ -199,6 +203,7 @@ class MemoryConfig:
     passes: int = 1
     together: int = 1
     cut: str = "tokens"
+    margin: int = 0
     templates: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -224,9 +229,18 @@ class MemoryConfig:
             raise MemoryConfigError(
                 f"lychee_memory_cut: expected tokens or sentence, got {self.cut!r}"
             )
+        if not 0 <= self.margin < self.chunk:
+            raise MemoryConfigError(
+                f"margin: expected 0 to {self.chunk - 1} of the chunk's tokens, got {self.margin}"
+            )
         for name in ("size", "answer", "question", "passes", "together"):
             if getattr(self, name) < 1:
                 raise MemoryConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
+
+    @property
+    def text(self) -> int:
+        """Tokens of the text that a full chunk holds."""
+        return self.chunk - self.margin
 
     @property
     def slots(self) -> int:

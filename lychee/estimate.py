@@ -156,7 +156,7 @@ def estimate_row(
     reading = itemsize * read_floats(config, memory)
     text = TEXT_BYTES * tokens + ENCODING_BYTES if host else 0
     segments = 2 * min(bank, SEGMENT_BYTES)
-    turn_pages = min(bank, MAX_ROWS * page * pages_of(memory.chunk, memory))
+    turn_pages = min(bank, MAX_ROWS * page * pages_of(memory.text, memory))
     return Row(
         memory.ratio,
         bank_dtype,

@@ -26,7 +26,7 @@ SAMPLED = 1024
 # Fields of ModelConfig that do not change what is computed.
 IRRELEVANT = ("max_position_embeddings", "eos_token_ids", "bos_token_id", "pad_token_id")
 # What of MemoryConfig a bank's pages depend on.
-GEOMETRY = ("window", "chunk", "ratio", "param", "cut")
+GEOMETRY = ("window", "chunk", "ratio", "param", "cut", "margin")
 
 
 @dataclass(frozen=True)

@@ -208,13 +208,21 @@ def read_body(body: Any) -> Manifest:
 
 
 def read_memory(value: Any) -> MemoryConfig:
-    window, chunk, ratio, param, cut = fields(value, "memory", *GEOMETRY)
+    # Banks from before there was a margin do not name it.
+    value = {"margin": 0} | value if isinstance(value, dict) else value
+    window, chunk, ratio, param, cut, margin = fields(value, "memory", *GEOMETRY)
     for name, number in (("window", window), ("chunk", chunk), ("ratio", ratio)):
         whole_number(number, name, 1, LARGEST_WINDOW)
+    whole_number(margin, "margin", 0, chunk - 1)
     letters = items(param, "param")
     expect(all(isinstance(letter, str) for letter in letters), "param: a list of letters")
     return MemoryConfig(
-        window=window, chunk=chunk, ratio=ratio, param=tuple(letters), cut=text_of(cut, "cut")
+        window=window,
+        chunk=chunk,
+        ratio=ratio,
+        param=tuple(letters),
+        cut=text_of(cut, "cut"),
+        margin=margin,
     )
 
 
@@ -259,7 +267,7 @@ def read_document(value: Any, segments: list[SegmentRecord], memory: MemoryConfi
         whole_number(last, "chunk stop", 0, characters)
         # Bytes of one character may belong to two chunks: their spans may overlap, not go back.
         previous = whole_number(first, "chunk start", previous, last)
-        whole_number(tokens, "chunk tokens", 1, memory.chunk)
+        whole_number(tokens, "chunk tokens", 1, memory.text)
         segment = segments[whole_number(number, "chunk segment", 0, len(segments) - 1)]
         room = segment.pages - pages_of_chunk(tokens, memory)
         whole_number(page, "chunk page", 0, room)

@@ -256,6 +256,7 @@ class MemoryBank:
             "window": self.memory.window,
             "chunk": self.memory.chunk,
             "cut": self.memory.cut,
+            "margin": self.memory.margin,
             "dtype": self.dtype,
             "tokens": self.tokens,
             "memory_tokens": self.memory_tokens,

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 # rate, few enough that peak memory stays flat.
 BATCH_TOKENS = 4096
 LONGEST_NAME = 4096
+# What stands behind a chunk's text as its margin, over and over.
+BLANK = "\n\n"
 
 
 @dataclass(frozen=True)
@@ -96,13 +98,14 @@ def cut_document(model: LycheeMemory, document: Document) -> list[Piece]:
     ends = model.tokenizer.sentence_ends if model.memory.cut == "sentence" else None
     return [
         Piece(ids[start:stop], spans[start][0], spans[stop - 1][1])
-        for start, stop in cut_chunks(ids, model.memory.chunk, ends)
+        for start, stop in cut_chunks(ids, model.memory.text, ends)
     ]
 
 
 def memory_tokens_of(tokens: int, memory: MemoryConfig) -> int:
-    """Memory tokens of a chunk of `tokens` raw tokens: a last, incomplete group has one too."""
-    return -(-tokens // memory.ratio)
+    """Memory tokens of a chunk of `tokens` raw tokens and the margin behind them: a last,
+    incomplete group has one too."""
+    return -(-(tokens + memory.margin) // memory.ratio) if tokens else 0
 
 
 def pages_of_chunk(tokens: int, memory: MemoryConfig) -> int:
@@ -112,8 +115,16 @@ def pages_of_chunk(tokens: int, memory: MemoryConfig) -> int:
 
 def pages_of(tokens: int, memory: MemoryConfig) -> int:
     """Pages that a text of `tokens` raw tokens takes, cut into full chunks."""
-    whole, rest = divmod(tokens, memory.chunk)
-    return whole * pages_of_chunk(memory.chunk, memory) + pages_of_chunk(rest, memory)
+    whole, rest = divmod(tokens, memory.text)
+    return whole * pages_of_chunk(memory.text, memory) + pages_of_chunk(rest, memory)
+
+
+def margin_of(model: LycheeMemory) -> list[int]:
+    """The tokens behind each chunk's text."""
+    if not (count := model.memory.margin):
+        return []
+    blank = model.tokenizer.encode(BLANK)
+    return (blank * count)[:count]
 
 
 @torch.inference_mode()
@@ -134,14 +145,14 @@ def compress(
     """
     order = sorted(range(len(pieces)), key=lambda index: -len(pieces[index].ids))
     size = max(1, BATCH_TOKENS // model.memory.chunk)
-    device = model.decoder.device
+    device, margin = model.decoder.device, margin_of(model)
     for first in range(0, len(order), size):
         batch = order[first : first + size]
-        width = -(-len(pieces[batch[0]].ids) // model.memory.ratio) * model.memory.ratio
+        width = memory_tokens_of(len(pieces[batch[0]].ids), model.memory) * model.memory.ratio
         ids = torch.zeros(len(batch), width, dtype=torch.int64)
-        lengths = torch.tensor([len(pieces[index].ids) for index in batch])
+        lengths = torch.tensor([len(pieces[index].ids) + len(margin) for index in batch])
         for row, index in enumerate(batch):
-            ids[row, : lengths[row]] = torch.tensor(pieces[index].ids.tolist())
+            ids[row, : lengths[row]] = torch.tensor(pieces[index].ids.tolist() + margin)
         mask = torch.arange(width)[None] < lengths[:, None]
         targets = [pages[index] for index in batch]
         target = pool if pool.device == device else PagePool(pool.layout, device)
@@ -155,4 +166,4 @@ def compress(
         )
         if target is not pool:
             pool.write([page for row in targets for page in row], target)
-        on_batch(int(lengths.sum()))
+        on_batch(int(lengths.sum()) - len(batch) * len(margin))

@@ -11,8 +11,10 @@ from bank_contents import assert_same_memory, documents_of, read_back
 import lychee_kernels as lk
 from lychee.bank import DTYPES, Document, page_bytes, pages_of
 from lychee.bank.pages import PageLayout, PagePool
+from lychee.bank.pieces import cut_document
+from lychee.compressor import TensorSink
 from lychee.config import MemoryConfig
-from lychee.errors import BankError, InputError
+from lychee.errors import BankError, BankMismatchError, InputError, MemoryConfigError
 
 
 # Rounding to nearest: half a step of 1/127, and half a step of a 3-bit mantissa.
@@ -157,3 +159,39 @@ def test_pages_of_a_text():
     assert [pages_of(tokens, memory) for tokens in (0, 1, 256, 257, 1024, 3000)] == [
         *(0, 1, 1, 2, 4, 12)
     ]
+    # With a margin a chunk holds less of the text, and takes pages for both.
+    memory = MemoryConfig(window=512, chunk=1024, ratio=4, margin=8)
+    assert [pages_of(tokens, memory) for tokens in (0, 1, 248, 249, 1016, 1017)] == [
+        *(0, 1, 1, 2, 4, 5)
+    ]
+
+
+def test_a_margin_is_blank_text_behind_every_chunk(tiny_model, prose):
+    """The memory is that of the chunks' tokens and the margin, and the text is covered once."""
+    model, text = tiny_model.limited(margin=6), prose(60)
+    bank = model.remember(text)
+    assert len(bank) > 2 and bank.tokens == len(model.tokenizer.encode(text))
+    assert [chunk.start for chunk in bank.chunks[1:]] == [chunk.stop for chunk in bank.chunks[:-1]]
+    blank = (model.tokenizer.encode("\n\n") * 6)[:6]
+    pieces = cut_document(model, Document("text", text))
+    for index, (chunk, piece) in enumerate(zip(bank.chunks, pieces, strict=True)):
+        assert chunk.tokens == len(piece.ids) <= model.memory.chunk - 6
+        assert chunk.memory_tokens == -(-(chunk.tokens + 6) // model.memory.ratio)
+        ids = [*piece.ids, *blank]
+        padding = -len(ids) % model.memory.ratio
+        sink = TensorSink(model.decoder.config.num_hidden_layers)
+        with torch.inference_mode():
+            model.compressor.run(
+                torch.tensor([ids + [0] * padding]),
+                sink,
+                ratio=model.memory.ratio,
+                window=model.memory.window,
+                mask=torch.arange(len(ids) + padding)[None] < len(ids),
+            )
+        expected = torch.stack([memory[0] for memory in sink.memory()])
+        torch.testing.assert_close(read_back(bank, index), expected)
+    assert isinstance(model.ask(bank, "who came again").text, str)
+    with pytest.raises(BankMismatchError, match="expected a bank of margin 0 .* got margin 6"):
+        tiny_model.ask(bank, "who came again")
+    with pytest.raises(MemoryConfigError, match="margin: expected 0 to .* got -1"):
+        tiny_model.limited(margin=-1)

@@ -23,6 +23,7 @@ from lychee.bank import (
     tables,
     verify_bank,
 )
+from lychee.bank.manifest import Unfit, read_memory
 from lychee.errors import BankError, BankMismatchError, InputError
 
 
@@ -231,3 +232,12 @@ def test_save_overwrites_only_on_purpose(tiny_model, prose, tmp_path):
     with pytest.raises(BankError, match="expected a writable folder"):
         a.save(tmp_path / "notes" / "diary.txt")
     assert sorted(p.name for p in (tmp_path / "notes").iterdir()) == ["diary.txt"]
+
+
+def test_banks_from_before_there_was_a_margin():
+    stored = {"window": 64, "chunk": 128, "ratio": 4, "param": ["q"], "cut": "sentence"}
+    assert read_memory(stored) == read_memory(stored | {"margin": 0})
+    assert read_memory(stored | {"margin": 8}).text == 120
+    for margin in (-1, 128, 1.5, None):
+        with pytest.raises(Unfit, match="margin"):
+            read_memory(stored | {"margin": margin})
