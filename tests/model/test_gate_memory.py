@@ -21,7 +21,10 @@ def test_prompts_in_several_passes_give_what_one_gives(tiny_model, monkeypatch, 
     parts = gate.prepare(prompts, notes, 8)
     assert [len(given[0]) for given in passes] == [2, 1]
     for name, expected in vars(once).items():
-        torch.testing.assert_close(getattr(parts, name), expected, rtol=0, atol=1e-6)
+        got = getattr(parts, name)
+        if name in ("keys", "values"):  # without the tail's places, which nothing has filled yet
+            got, expected = ([t[:, :, :-3] for t in layers] for layers in (got, expected))
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
 
 
 def test_no_prompts_are_kept_while_notes_are_written(tiny_model, prose, monkeypatch):
