@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -16,6 +17,7 @@ from torch import nn
 from lychee.config import MemoryConfig, ModelConfig
 from lychee.data.readers import read_samples
 from lychee.data.task import TaskSample
+from lychee.documents import read_file
 from lychee.errors import InputError
 from lychee.memory_model import SHIPPED_MODEL, LycheeMemory
 from lychee.tokenizer import TextTokenizer
@@ -61,16 +63,8 @@ def load_samples(folder: Path | None, data: DataSettings | None) -> list[TaskSam
 def load_books(folder: Path | None, patterns: tuple[str, ...]) -> list[str]:
     """Texts that a recipe names in the folder of books; every *.txt there if it names none."""
     paths = find_files(folder, patterns or ("*.txt",) * (folder is not None))
-    return [read_book(path) for path in paths]
-
-
-def read_book(path: Path) -> str:
-    """A text as it is; InputError where it is not UTF-8."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        byte = f"{error.object[error.start]:#04x} at {error.start}"
-        raise InputError(f"{path}: expected UTF-8 text, got byte {byte}") from error
+    # With every line's end as one character, as Python reads texts.
+    return [io.StringIO(read_file(path).text, newline=None).read() for path in paths]
 
 
 def fingerprint(texts: list[str], samples: list[TaskSample]) -> str:
