@@ -60,14 +60,17 @@ class FileEpisodes:
         chunk: int,
         split: str,
         draw: random.Random,
+        margin: Sequence[int] = (),
     ):
-        """Episodes of `chunks` chunks of `chunk` tokens; texts are those of one split.
+        """Episodes of `chunks` chunks of `chunk` tokens, `margin` the last ones of each; texts are
+        those of one split.
 
         Raises:
             InputError: no record of the split fits: where a text is longer than the episode, its
                 supporting sentences must be known and touch no more chunks than there are.
         """
-        self.chunks, self.chunk, self.random = chunks, chunk, draw
+        self.chunks, self.random, self.margin = chunks, draw, list(margin)
+        self.chunk = chunk - len(self.margin)  # tokens of text
         own = [sample for sample in samples if sample.split == split]
         self.samples = [sample for sample in own if self.fits(sample)]
         if not self.samples:
@@ -109,4 +112,4 @@ class FileEpisodes:
     def piece(self, text: list[int], place: int) -> list[int]:
         """A chunk; one at the text's end starts earlier, so that it is full."""
         start = min(place * self.chunk, len(text) - self.chunk)
-        return text[start : start + self.chunk]
+        return text[start : start + self.chunk] + self.margin

@@ -47,14 +47,17 @@ class FileTraces:
         prompts: ReadingPrompts,
         memory: MemoryConfig,
         draw: random.Random,
+        margin: Sequence[int] = (),
     ):
-        """Records whose notes, question or answer exceed the memory's limits are left out.
+        """`margin`: what a bank compresses behind a chunk's text, as a part of the chunk.
+
+        Records whose notes, question or answer exceed the memory's limits are left out.
 
         Raises:
             InputError: a record without supporting sentences, or none that fits.
         """
         self.tokenizer, self.prompts, self.random = tokenizer, prompts, draw
-        self.end = prompts.end
+        self.end, self.margin = prompts.end, list(margin)
         traces = [self.trace(sample) for sample in samples]
         self.traces = [trace for trace in traces if fits(trace, memory)]
         left_out = len(traces) - len(self.traces)
@@ -97,8 +100,9 @@ class FileTraces:
         return make_batch(chunks, turns, final)
 
     def place(self, trace: Trace, length: int) -> tuple[list[int], list[bool]]:
-        """`length` tokens of a record, longer by others' texts, and which sentences it holds."""
-        text = trace.text
+        """`length` tokens: part of a record, longer by others' texts, and the margin; and which
+        sentences it holds."""
+        text, length = trace.text, length - len(self.margin)
         while len(text) < length:
             text = text + self.random.choice(self.traces).text
         low, high = 0, len(text) - length
@@ -107,7 +111,7 @@ class FileTraces:
             low, high = max(low, min(stop - length, high)), min(high, max(start, low))
         first = self.random.randint(min(low, high), max(low, high))
         told = [first <= a < b <= first + length for a, b in trace.spans]
-        return text[first : first + length], told
+        return text[first : first + length] + self.margin, told
 
     def update_turn(self, own: Trace, told: list[bool]) -> Turn:
         """The chunk's question or another one, at some state of its notes."""

@@ -8,6 +8,7 @@ hold (the working memory must stay as it was), and with notes already taken.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -93,7 +94,9 @@ class RecallSampler:
         books: list[list[int]],
         words: list[str],
         seed: int | random.Random,
+        margin: Sequence[int] = (),
     ):
+        """`margin`: what a bank compresses behind a chunk's text, as a part of the chunk."""
         self.tokenizer = tokenizer
         self.prompts = prompts
         self.end = prompts.end
@@ -103,6 +106,7 @@ class RecallSampler:
             single: NeedleMaker(words, self.random, single=single) for single in (False, True)
         }
         self.maker = self.makers[False]
+        self.margin = list(margin)
         self.following = 0
         self.behind: list[list[int]] = []
 
@@ -128,9 +132,10 @@ class RecallSampler:
         return make_batch(chunks, turns, final)
 
     def chunk(self, length: int, needles: list[Needle]) -> tuple[list[int], list[Needle]]:
-        """Prose with `needles` at random sentence ends, `length` tokens; and those that fitted."""
+        """Prose with `needles` at random sentence ends and the margin, `length` tokens; and the
+        needles that fitted."""
         encoded = self.tokenizer.encode_batch([" " + needle.statement for needle in needles])
-        kept, room = [], length
+        kept, room = [], length - len(self.margin)
         for needle, ids in zip(needles, encoded, strict=True):
             if len(ids) <= room:
                 kept.append((needle, ids))
@@ -147,7 +152,7 @@ class RecallSampler:
         for cut, (_, ids) in zip(cuts, kept, strict=True):
             out += prose[last:cut] + ids
             last = cut
-        return out + prose[last:], [needle for needle, _ in kept]
+        return out + prose[last:] + self.margin, [needle for needle, _ in kept]
 
     def update_turn(self, needles: list[Needle], mixture: Mixture) -> Turn:
         """A question about a chunk that holds `needles`, at some state of the notes."""

@@ -30,6 +30,8 @@ class TraceMixture(Mixture):
         progress: of a world's turns in which the chunk tells the next fact of the chain.
         surnames: of a world's people with two names.
         alike: of a world's names that begin as an earlier one does.
+        longer: of a world's names with two endings.
+        sparse: of worlds of which the chunk tells one or two facts, half of them distractors.
         plain: of worlds in a single wording.
     """
 
@@ -40,6 +42,8 @@ class TraceMixture(Mixture):
     progress: float = 0.5
     surnames: float = 0.2
     alike: float = 0.0
+    longer: float = 0.15
+    sparse: float = 0.0
     plain: float = 0.0
 
 
@@ -78,9 +82,9 @@ class TraceSampler(RecallSampler):
         split: of the worlds' names.
     """
 
-    def __init__(self, *arguments, rare_words: list[str]):
+    def __init__(self, *arguments, rare_words: list[str], **options):
         """Arguments of `RecallSampler`, and words of several tokens, see `word_list`."""
-        super().__init__(*arguments)
+        super().__init__(*arguments, **options)
         self.rare_maker = NeedleMaker(self.maker.words + rare_words, self.random)
         self.split = "train"
 
@@ -119,14 +123,18 @@ class TraceSampler(RecallSampler):
         """A chunk that tells parts of some chains, distractors and some needles."""
         draw = self.random
         plain = draw.random() < mixture.plain
-        shares = {"surnames": mixture.surnames, "alike": mixture.alike}
+        shares = {name: getattr(mixture, name) for name in ("surnames", "alike", "longer")}
         world = World(self.maker.words, draw, self.split, **shares, plain=plain)
-        room = draw.randint(*facts)
+        # Nothing is drawn where there are none, so that a seed's batches stay as they are.
+        sparse = bool(mixture.sparse) and draw.random() < mixture.sparse
+        room = draw.randint(1, 2) if sparse else draw.randint(*facts)
         asked = [self.world_question(world, mixture) for _ in range(max(2, (room + 1) // 2))]
         told = []
         # The last question is about nothing that the chunk tells, but for its distractors.
         for question in asked[:-1]:
             told += [fact for fact in question.facts if draw.random() < 0.5]
+        if sparse:
+            told += [world.distractor(asked[0]) for _ in range(max(1, len(told)))]
         while len(told) < room:
             kind = draw.random()
             if kind < 0.4:

@@ -98,6 +98,7 @@ class World:
         *,
         surnames: float = 0.2,
         alike: float = 0.0,
+        longer: float = 0.15,
         plain: bool = False,
     ):
         """
@@ -105,12 +106,13 @@ class World:
             words: values of relations that lead to a word.
             surnames: share of people with two names.
             alike: share of names that begin as an earlier one of this world does.
+            longer: share of names with two endings.
             plain: one wording for all statements and one for all questions, to start training with.
         """
         if split not in SPLITS:
             raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
         self.words, self.random, self.split = words, draw, split
-        self.surnames, self.alike, self.plain = surnames, alike, plain
+        self.surnames, self.alike, self.longer, self.plain = surnames, alike, longer, plain
         self.beginnings: list[str] = []
         self.objects: dict[tuple[str, str], str] = {}
         self.kinds: dict[str, str] = {}
@@ -122,7 +124,7 @@ class World:
             earlier = self.alike and self.beginnings and self.random.random() < self.alike
             beginning = self.random.choice(self.beginnings if earlier else BEGINNINGS)
             parts = [beginning, self.random.choice(ENDINGS)]
-            if self.random.random() < 0.15:
+            if self.random.random() < self.longer:
                 parts.append(self.random.choice(ENDINGS))
             if split_of(word := "".join(parts)) == self.split:
                 self.beginnings.append(beginning)

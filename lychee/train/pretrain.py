@@ -16,6 +16,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from lychee.bank.pieces import margin_of
 from lychee.compressor import TensorSink
 from lychee.data.file_traces import FileTraces
 from lychee.data.needles import word_list
@@ -101,7 +102,15 @@ class PretrainStage(Stage):
         if not self.short or draw.random() >= self.short:
             return self.chunk
         step = math.lcm(*self.ratios)
-        return step * draw.randint(max(1, self.chunk // 8 // step), self.chunk // step)
+        return step * draw.randint(self.shortest // step, self.chunk // step)
+
+    @property
+    def shortest(self) -> int:
+        """The fewest tokens that `draw_chunk` draws."""
+        if not self.short:
+            return self.chunk
+        step = math.lcm(*self.ratios)
+        return step * max(1, self.chunk // 8 // step)
 
     @property
     def mixture(self) -> Mixture:
@@ -161,8 +170,13 @@ class Pretraining(TrainingRun):
 
     def prepare(self) -> None:
         self.compressor, self.reader = self.model.compressor, Reader(self.decoder, self.processes)
-        stages = self.recipe.stages
+        stages, margin = self.recipe.stages, self.model.memory.margin
         for stage in stages:
+            if stage.recall and stage.shortest <= margin:
+                raise InputError(
+                    f"chunk: expected more than the model's margin of {margin} tokens in the "
+                    f"shortest chunks, got {stage.shortest}"
+                )
             window = min(self.model.memory.window, stage.chunk)
             for ratio in stage.ratios:
                 if window % ratio:
@@ -178,7 +192,7 @@ class Pretraining(TrainingRun):
         if self.samples:
             prompts, memory = self.model.reasoner.prompts, self.model.memory
             self.file_traces = FileTraces(
-                self.samples, self.tokenizer, prompts, memory, self.random
+                self.samples, self.tokenizer, prompts, memory, self.random, margin_of(self.model)
             )
         share = self.recipe.data.share if self.recipe.data else 0
         if share < 1 and any(stage.recall for stage in stages):
@@ -187,7 +201,8 @@ class Pretraining(TrainingRun):
     def new_sampler(self, books: list[list[int]], draw: random.Random) -> RecallSampler:
         """What generates chunks with facts, in books as token ids."""
         words = word_list(self.texts, self.tokenizer.encode)
-        return RecallSampler(self.tokenizer, self.model.reasoner.prompts, books, words, draw)
+        prompts, margin = self.model.reasoner.prompts, margin_of(self.model)
+        return RecallSampler(self.tokenizer, prompts, books, words, draw, margin)
 
     @property
     def stage(self) -> PretrainStage:

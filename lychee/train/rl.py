@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lychee.bank.pieces import margin_of
 from lychee.data.episodes import EpisodeBatch, EpisodeSampler, split_book
 from lychee.data.file_episodes import FileEpisodes, encode_samples
 from lychee.data.needles import word_list
@@ -107,8 +108,8 @@ class Reinforcement(TrainingRun):
                 f"got {longest}"
             )
         words = word_list(self.texts, self.tokenizer.encode)
-        prompts = self.model.reasoner.prompts
-        return RecallSampler(self.tokenizer, prompts, long_enough, words, draw)
+        prompts, margin = self.model.reasoner.prompts, margin_of(self.model)
+        return RecallSampler(self.tokenizer, prompts, long_enough, words, draw, margin)
 
     def episodes(
         self, stage: ReinforcementStage, sampler: RecallSampler | None, split: str
@@ -118,7 +119,8 @@ class Reinforcement(TrainingRun):
         if not self.records:
             return EpisodeSampler(sampler, stage, chunk, split)
         draw = self.random if split == "train" else random.Random(EXAM_SEED)
-        return FileEpisodes(self.records, stage.chunks, chunk, split, draw)
+        margin = margin_of(self.model)
+        return FileEpisodes(self.records, stage.chunks, chunk, split, draw, margin)
 
     def trains(self, name: str) -> bool:
         return not (self.recipe.freeze_compressor and "lychee_memory_" in name)

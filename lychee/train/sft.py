@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
+from lychee.bank.pieces import margin_of
 from lychee.data.needles import word_list
 from lychee.data.traces import TraceMixture, TraceSampler
 from lychee.train.checks import check_hops, check_shares
@@ -26,12 +27,15 @@ class SupervisedStage(PretrainStage):
     progress: float = TraceMixture.progress
     surnames: float = TraceMixture.surnames
     alike: float = TraceMixture.alike
+    longer: float = TraceMixture.longer
+    sparse: float = TraceMixture.sparse
     plain: float = TraceMixture.plain
 
     def __post_init__(self):
         super().__post_init__()
         check_hops(self.hops)
-        check_shares(self, ("worlds", "rare", "comparisons", "surnames", "alike", "plain"))
+        shares = ("worlds", "rare", "comparisons", "surnames", "alike", "longer", "sparse", "plain")
+        check_shares(self, shares)
         # A chunk may tell nothing that helps; then there must be other turns to draw.
         if not 0 <= self.progress < 1:
             raise ValueError(f"progress: expected a share below 1, got {self.progress}")
@@ -64,5 +68,6 @@ class SupervisedTraining(Pretraining):
             books,
             word_list(self.texts, encode),
             draw,
+            margin=margin_of(self.model),
             rare_words=word_list(self.texts, encode, RARE_COUNT, RARE_LENGTHS),
         )

@@ -34,6 +34,16 @@ def test_long_texts_keep_the_chunks_that_support_the_answer():
         assert chunks[:, 0].tolist() == sorted(chunks[:, 0].tolist())
 
 
+def test_a_margin_ends_each_chunk():
+    own = sample(1, 95, [(12, 15), (58, 62)])
+    drawn = FileEpisodes([own], 4, 10, "train", random.Random(0), [-1, -2])
+    for _ in range(20):
+        (chunks,) = drawn.draw(1).chunks
+        assert chunks.shape == (4, 10) and chunks[:, -2:].tolist() == [[-1, -2]] * 4
+        held = set(chunks[:, :-2].flatten().tolist())
+        assert all(set(own.text[start:stop]) <= held for start, stop in own.support)
+
+
 def test_short_texts_go_on_with_others():
     samples = [sample(1, 13, []), sample(2, 9, [(2, 4)])]
     batch = FileEpisodes(samples, 3, 8, "train", random.Random(0)).draw(5)

@@ -7,6 +7,7 @@ import random
 import pytest
 from small_run import RECIPE, run_folder, write_recipe
 
+from lychee.bank.pieces import margin_of
 from lychee.data.recall import IGNORED
 from lychee.errors import InputError
 from lychee.train.sft import SupervisedRecipe, SupervisedTraining
@@ -64,13 +65,18 @@ def new_run(tmp_path, books, folder, recipe=HEAD + DATA + STAGE):
     return SupervisedTraining(recipe, run_folder(tmp_path / "run", books), books=folder)
 
 
-def test_notes_gain_the_sentences_of_the_chunk(tmp_path, books, folder):
+@pytest.mark.parametrize("margin", [0, 6])
+def test_notes_gain_the_sentences_of_the_chunk(tmp_path, books, folder, margin):
     """Whatever the turn, new notes are the old ones and the question's sentences in the chunk."""
-    run = new_run(tmp_path, books, folder)
+    recipe = (HEAD + DATA + STAGE).replace("window = 64", f"window = 64\nmargin = {margin}")
+    run = new_run(tmp_path, books, folder, recipe)
+    blank = margin_of(run.model)
     traces, seen = run.file_traces, set()
     prompts = {tuple(trace.question): trace for trace in traces.traces}
     for _ in range(20):
         batch = traces.batch(2, 64, 6)
+        assert batch.chunks.shape == (2, 64)
+        assert batch.chunks[:, 64 - margin :].tolist() == [blank] * 2
         for row, case in enumerate(batch.cases):
             chunk = batch.chunks[row // 6].tolist()
             fed = batch.turns[row].tolist()

@@ -7,6 +7,7 @@ import pytest
 import torch
 from small_run import RECIPE, run_folder, small_run, steps, write_recipe
 
+from lychee.bank.pieces import margin_of
 from lychee.compressor import TensorSink
 from lychee.config import ModelConfig
 from lychee.data.recall import IGNORED, Mixture
@@ -160,6 +161,20 @@ def test_too_little_text_is_refused(tmp_path, books):
 def test_a_ratio_that_does_not_divide_the_window_is_refused(tmp_path, books):
     recipe = RECIPE.replace("chunk = 64\nbatch", "chunk = 192\nbatch").replace("[2, 4]", "[2, 3]")
     with pytest.raises(InputError, match="divisors of the window of 64 tokens, got 3"):
+        small_run(tmp_path / "run", books, recipe)
+
+
+def test_chunks_end_with_the_models_margin(tmp_path, books):
+    recipe = RECIPE.replace("window = 64", "window = 64\nmargin = 6")
+    run = small_run(tmp_path / "run", books, recipe)
+    blank = margin_of(run.model)
+    assert len(blank) == 6 and run.sample().chunks[:, -6:].tolist() == [blank] * 4
+
+
+def test_a_margin_as_long_as_a_chunk_is_refused(tmp_path, books):
+    recipe = RECIPE.replace("window = 64", "window = 64\nmargin = 8")
+    recipe = recipe.replace("facts = [0, 1]", "facts = [0, 1]\nshort = 0.5")
+    with pytest.raises(InputError, match="margin of 8 tokens in the shortest chunks, got 8"):
         small_run(tmp_path / "run", books, recipe)
 
 

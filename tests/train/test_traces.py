@@ -9,7 +9,7 @@ from small_sampler import WORDS, small_sampler
 from lychee.data.needles import word_list
 from lychee.data.task import SPLITS, split_of
 from lychee.data.traces import Chain, TraceMixture, TraceSampler
-from lychee.data.worlds import World
+from lychee.data.worlds import RELATIONS, World
 
 RARE = ["thoroughbred", "winter", "silver", "quartz"]
 
@@ -80,6 +80,14 @@ def test_names_that_begin_alike():
     assert beginnings[0] > 2 * beginnings[1] > 2
 
 
+def test_names_with_two_endings():
+    lengths = []
+    for longer in (0.0, 1.0):
+        invented = World(WORDS, random.Random(5), longer=longer)
+        lengths.append(sum(len(invented.name()) for _ in range(100)) / 100)
+    assert lengths[1] > lengths[0] + 3
+
+
 def test_same_seed_same_world():
     assert world(seed=3).bridge(2) == world(seed=3).bridge(2)
     assert world(seed=3).bridge(2) != world(seed=4).bridge(2)
@@ -129,6 +137,26 @@ def test_world_turns_advance_by_what_the_chunk_tells(sampler):
             assert target == expected
             cases.add(turn.case)
     assert {"kept", "hops0", "hops1", "hops2"} <= cases
+
+
+def test_sparse_worlds_tell_chains_and_distractors_alone(sampler):
+    mixture = TraceMixture(sparse=1.0, progress=0.5, alike=0.5)
+    told, cases = set(), set()
+    for _ in range(60):
+        ids, turns, _ = sampler.world_chunk(300, 12, (5, 7), mixture)
+        text = sampler.tokenizer.decode(ids)
+        relations = [name for names in RELATIONS.values() for name in names]
+        told.add(sum(text.count(f" {name} ") for name in relations))
+        cases.add(frozenset(turn.case for turn in turns) & {"hops1", "hops2"} != frozenset())
+    assert told == {1, 2} and cases == {False, True}
+
+
+def test_a_margin_ends_the_chunk():
+    blank = [7, 8, 7]
+    sampler = small_sampler(TraceSampler, rare_words=RARE, margin=blank)
+    for fill in (sampler.world_chunk, sampler.needle_chunk):
+        ids, _, _ = fill(300, 4, (3, 6), TraceMixture())
+        assert len(ids) == 300 and ids[-3:] == blank and ids[-6:-3] != blank
 
 
 def test_batches_hold_worlds_and_needles(sampler):
