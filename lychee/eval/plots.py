@@ -27,7 +27,7 @@ def load_matplotlib() -> ModuleType:
     except ImportError as error:
         raise InputError(
             "plots: expected the package matplotlib, got none",
-            'install it: pip install "lychee-memory[plot]"',
+            'install it: pip install "lychee-memory[plot]", or draw none (reproduce: --no-plots)',
         ) from error
     matplotlib.use("Agg")
     from matplotlib import pyplot
