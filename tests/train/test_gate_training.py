@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from small_run import GATE_RECIPE
+from small_run import GATE_RECIPE, write_recipe
 
 from lychee import LycheeMemory
 from lychee.errors import InputError, MemoryConfigError
@@ -15,9 +15,7 @@ from lychee.train.gate import GateRecipe, GateTraining, calibrate, score_turns
 
 @pytest.fixture
 def recipe(tmp_path):
-    path = tmp_path / "gate.toml"
-    path.write_text(GATE_RECIPE)
-    return path
+    return write_recipe(tmp_path, GATE_RECIPE)
 
 
 def new_run(recipe, folder, books):
@@ -133,7 +131,6 @@ def test_split_takes_a_rendered_prompt_apart():
     ],
 )
 def test_bad_recipes(tmp_path, change, message):
-    path = tmp_path / "gate.toml"
-    path.write_text(GATE_RECIPE.replace(*change))
+    path = write_recipe(tmp_path, GATE_RECIPE.replace(*change))
     with pytest.raises((InputError, MemoryConfigError), match=message):
         GateRecipe.load(path)
