@@ -8,7 +8,7 @@ far, "none" for the others. Every chunk is asked about many states at once.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lychee.data.needles import NeedleMaker
 from lychee.data.recall import Mixture, RecallBatch, RecallSampler, Turn, make_batch
@@ -32,6 +32,7 @@ class TraceMixture(Mixture):
         alike: of a world's names that begin as an earlier one does.
         longer: of a world's names with two endings.
         sparse: of worlds of which the chunk tells one or two facts, half of them distractors.
+        bare: of chunks that tell no fact at all.
         plain: of worlds in a single wording.
     """
 
@@ -44,6 +45,7 @@ class TraceMixture(Mixture):
     alike: float = 0.0
     longer: float = 0.15
     sparse: float = 0.0
+    bare: float = 0.0
     plain: float = 0.0
 
 
@@ -101,9 +103,12 @@ class TraceSampler(RecallSampler):
             rare = self.random.random() < mixture.rare
             self.maker = self.rare_maker if rare else self.makers[False]
             self.maker.numbers = mixture.numbers
+            # Nothing is drawn where there are none, so that a seed's batches stay as they are.
+            bare = bool(mixture.bare) and self.random.random() < mixture.bare
             about_world = self.random.random() < mixture.worlds
             fill = self.world_chunk if about_world else self.needle_chunk
-            ids, new, last = fill(chunk, questions, facts, mixture)
+            asked = replace(mixture, sparse=0.0) if bare else mixture
+            ids, new, last = fill(chunk, questions, (0, 0) if bare else facts, asked)
             chunks.append(ids)
             turns += new
             final += last
@@ -125,7 +130,6 @@ class TraceSampler(RecallSampler):
         plain = draw.random() < mixture.plain
         shares = {name: getattr(mixture, name) for name in ("surnames", "alike", "longer")}
         world = World(self.maker.words, draw, self.split, **shares, plain=plain)
-        # Nothing is drawn where there are none, so that a seed's batches stay as they are.
         sparse = bool(mixture.sparse) and draw.random() < mixture.sparse
         room = draw.randint(1, 2) if sparse else draw.randint(*facts)
         asked = [self.world_question(world, mixture) for _ in range(max(2, (room + 1) // 2))]

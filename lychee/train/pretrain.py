@@ -45,6 +45,8 @@ class PretrainStage(Stage):
         ratios: raw tokens per memory token, drawn from evenly.
         short: share of batches whose chunks are cut to a random length from an eighth of `chunk`.
         recall: weight of the loss on recalled needles.
+        least_loss: recall turns with a loss below this (nats, over all tokens of a turn) move no
+            weight, which saves most of the work late in training.
         language: weight of the loss on the chunk's own next tokens.
         recite, continuation: weights of the losses on turns that repeat a span of the chunk, or
             continue behind it, from its memory alone.
@@ -60,6 +62,7 @@ class PretrainStage(Stage):
     ratios: tuple[int, ...] = (4,)
     short: float = 0.0
     recall: float = 1.0
+    least_loss: float = 0.0
     language: float = 0.0
     recite: float = 0.0
     continuation: float = 0.0
@@ -82,6 +85,8 @@ class PretrainStage(Stage):
             raise ValueError(f"questions: expected {wanted}, got {self.questions}")
         if not 0 <= self.facts[0] <= self.facts[1]:
             raise ValueError(f"facts: expected two counts from 0 up, got {list(self.facts)}")
+        if not 0 <= self.least_loss < math.inf:
+            raise ValueError(f"least_loss: expected at least 0, got {self.least_loss}")
         check_shares(self, ("short", "single", "numbers", "confusable"))
         if not 0 <= self.noted <= 1 - INITIAL_SHARE:
             most = 1 - INITIAL_SHARE
@@ -267,7 +272,8 @@ class Pretraining(TrainingRun):
     ) -> Tensor:
         """Loss of update turns over the chunks' memory, and of final turns without it."""
         offset, read = recall.chunks.shape[1] // ratio, self.reader.turn_loss
-        update, exact, _ = read(recall.turns, recall.labels, offset, memory)
+        least = self.stage.least_loss
+        update, exact, _ = read(recall.turns, recall.labels, offset, memory, least)
         final, final_exact, _ = read(recall.final_turns, recall.final_labels, 0, None)
         metrics["update_loss"] = update.item()
         metrics["final"] = (final_exact.sum().item(), len(final_exact))

@@ -53,7 +53,8 @@ def refuse_unsupported(environment: Mapping[str, str]) -> None:
         if environment.get(name, supported).lower() != supported:
             raise InputError(
                 f"accelerate: {name}: expected {supported}, got {environment[name]}",
-                "launch with --mixed_precision no, and --fsdp_version 2 where you use FSDP",
+                "launch with --mixed_precision no (the recipe's `precision` says it), and "
+                "--fsdp_version 2 where you use FSDP",
             )
     # What it sets where it was asked for several processes and starts this one alone.
     asked = {"ACCELERATE_USE_CPU", "MASTER_ADDR"} <= environment.keys()

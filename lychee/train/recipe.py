@@ -97,6 +97,8 @@ class Recipe:
         start: model folder to start from, or "shipped"; not together with `model`.
         model: config.json's fields of a model that starts from nothing.
         memory: fields of `MemoryConfig`; with `start` only those that differ from the folder's.
+        precision: of the losses' matrix products; bfloat16 where the machine is fast in it.
+            Weights and their updates stay float32, and so does all of rl.
         lora: train adapters instead of the decoder's own weights.
         export: dtype of the model folder that a finished run writes.
     """
@@ -115,6 +117,7 @@ class Recipe:
     start: str | None = None
     model: dict[str, Any] | None = None
     memory: dict[str, Any] = field(default_factory=dict)
+    precision: typing.Literal["float32", "bfloat16"] = "float32"
     lora: LoraSettings | None = None
     export: typing.Literal["float16", "bfloat16", "float32"] = "float16"
     stages: tuple[Stage, ...] = ()

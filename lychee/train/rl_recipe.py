@@ -65,6 +65,10 @@ class ReinforcementRecipe(Recipe):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.precision != "float32":
+            raise ValueError(
+                f"precision: expected float32, as rollouts are made in it, got {self.precision}"
+            )
         for name in ("updates", "evaluate_every", "evaluated_texts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")

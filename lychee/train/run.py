@@ -173,7 +173,10 @@ class TrainingRun:
                 group["lr"] = self.recipe.learning_rate_at(self.step)
             optimizer.zero_grad(set_to_none=True)
         part = to_device(self.processes.part(batch), self.device)
-        loss, metrics = self.wrapped(part)
+        # No cache: it would offer weights cast without gradients where gradients are wanted.
+        mixed = self.recipe.precision == "bfloat16"
+        with torch.autocast(self.device.type, torch.bfloat16, mixed, cache_enabled=False):
+            loss, metrics = self.wrapped(part)
         loss.backward()
         parameters = list(self.trained_parameters().values())
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.recipe.clip)

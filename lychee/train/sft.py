@@ -29,13 +29,14 @@ class SupervisedStage(PretrainStage):
     alike: float = TraceMixture.alike
     longer: float = TraceMixture.longer
     sparse: float = TraceMixture.sparse
+    bare: float = TraceMixture.bare
     plain: float = TraceMixture.plain
 
     def __post_init__(self):
         super().__post_init__()
         check_hops(self.hops)
-        shares = ("worlds", "rare", "comparisons", "surnames", "alike", "longer", "sparse", "plain")
-        check_shares(self, shares)
+        names = ("worlds", "rare", "comparisons", "surnames", "alike", "longer", "sparse", "bare")
+        check_shares(self, (*names, "plain"))
         # A chunk may tell nothing that helps; then there must be other turns to draw.
         if not 0 <= self.progress < 1:
             raise ValueError(f"progress: expected a share below 1, got {self.progress}")

@@ -84,6 +84,55 @@ def test_every_trained_parameter_gets_a_gradient(tmp_path, books):
     assert missing == unread
 
 
+def gradients(run, loss):
+    run.decoder.zero_grad()
+    loss.backward()
+    return {
+        name: p.grad.clone() for name, p in run.decoder.named_parameters() if p.grad is not None
+    }
+
+
+@pytest.mark.parametrize("share", [0.4, 1.0])
+def test_turns_of_little_loss_move_no_weight(tmp_path, books, share):
+    """As if they had been left out by hand; what is counted stays as it is."""
+    run = small_run(tmp_path / "run", books)
+    batch = run.sampler.batch(4, 32, 6, (1, 1), Mixture(single=1.0))
+    sink = TensorSink(3)
+    run.compressor.run(batch.chunks, sink, ratio=4, window=32)
+    read = (batch.turns, batch.labels, 8, sink.memory())
+    losses, exact, hits = run.reader.row_losses(*read, torch.arange(24) // 6)
+    least = losses.sort().values[int(share * 23)].item()
+    expected = gradients(run, losses[losses >= least].sum() / (batch.labels != IGNORED).sum())
+    sink = TensorSink(3)
+    run.compressor.run(batch.chunks, sink, ratio=4, window=32)
+    limit = least if share < 1 else 2 * least
+    found = run.reader.turn_loss(*read[:3], sink.memory(), limit)
+    assert torch.equal(found[1], exact) and torch.equal(found[2], hits)
+    got = gradients(run, found[0])
+    assert got.keys() == expected.keys() and len(got) > 20
+    for name, gradient in expected.items():
+        torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_mixed_precision(tmp_path, books):
+    """bfloat16 products: other last digits, float32 weights, and a gradient for each of them."""
+    run = small_run(tmp_path / "run", books)
+    expected = steps(run, 6)
+    recipe = RECIPE.replace("seed = 0", 'seed = 0\nprecision = "bfloat16"')
+    for name, least in (("every", ""), ("hard", "\nleast_loss = 20")):
+        mixed = small_run(tmp_path / name, books, recipe.replace("\nsteps =", least + "\nsteps = "))
+        losses = steps(mixed, 6)
+        assert losses != expected
+        if not least:
+            assert losses == pytest.approx(expected, rel=5e-3)
+        for (name, p), reference in zip(
+            mixed.decoder.named_parameters(), run.decoder.parameters(), strict=True
+        ):
+            assert p.dtype == torch.float32
+            assert (p.grad is None) == (reference.grad is None), name
+    assert losses[-1] < losses[0]
+
+
 def test_raw_states_are_the_language_models(tmp_path, books):
     """Where no memory token stands before a token, the compressor is the plain decoder."""
     run = small_run(tmp_path / "run", books)

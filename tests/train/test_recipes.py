@@ -29,6 +29,10 @@ def test_learning_rate_is_linear_within_stages(tmp_path):
         (("chunk = 32", "chonk = 32"), r"stage\[1\].chonk: expected one of steps, "),
         (("seed = 0", "seed = -1"), "seed: expected 0 or more and less than"),
         (("warmup_steps = 2", "warmup_steps = -2"), "warmup_steps: expected 0 or more, got -2"),
+        (
+            ("seed = 0", 'precision = "float16"'),
+            "precision: expected one of float32, bfloat16, got",
+        ),
         (("warmup_steps = 2", "clip = 0.0"), "clip: expected a norm above 0, got 0.0"),
         (("warmup_steps = 2", "betas = [0.9, 1.0]"), r"betas: expected .* got \[0.9, 1.0\]"),
         (
@@ -72,6 +76,7 @@ def test_bad_recipes(tmp_path, change, message):
         ),
         (("single = 1.0", "single = 1.1"), "single: expected a share of 0 to 1, got 1.1"),
         (("single = 1.0", "noted = 0.9"), "noted: expected a share of 0 to 0.8, got 0.9"),
+        (("single = 1.0", "least_loss = -1"), "least_loss: expected at least 0, got -1"),
         (("chunk = 32", "chunk = 34"), r"ratios: expected divisors of the chunk of 34 tokens"),
     ],
 )
@@ -85,6 +90,7 @@ def test_contradictions_of_a_stage(tmp_path, change, message):
     [
         ("hops = []", r"stage\[1\].hops: expected a weight above 0 and none below, got \[\]"),
         ("hops = [1, -1]", "hops: expected a weight above 0 and none below"),
+        ("bare = 2", "bare: expected a share of 0 to 1, got 2"),
         ("worlds = -0.5", "worlds: expected a share of 0 to 1, got -0.5"),
         ("progress = 1.0", "progress: expected a share below 1, got 1.0"),
     ],

@@ -232,6 +232,7 @@ def test_what_is_written_down(tmp_path, books, start, whole):
         (("group = 6", "group = 1"), r"stage\[1\].group: expected at least 2, got 1"),
         (("facts = [2, 3]", "facts = [0, 3]"), "facts: expected two counts from 1 up"),
         (("updates = 2", "updates = 0"), "updates: expected at least 1, got 0"),
+        (("updates = 2", 'precision = "bfloat16"'), "precision: expected float32, as rollouts"),
         (("updates = 2", "temperature = 0.0"), "temperature: expected more than 0"),
         (("updates = 2", 'reward = "luck"'), "reward: expected one of exact_match, sub_em"),
         (("updates = 2", "held_out = 1.0"), "held_out: expected a share between 0 and 1"),

@@ -151,6 +151,13 @@ def test_sparse_worlds_tell_chains_and_distractors_alone(sampler):
     assert told == {1, 2} and cases == {False, True}
 
 
+def test_bare_chunks_tell_nothing(sampler):
+    for bare, cases in ((1.0, {"kept", "hops0", "absent"}), (0.0, {"hops1", "found"})):
+        mixture = TraceMixture(bare=bare, sparse=0.5)
+        found = set(sampler.batch(20, 300, 6, (2, 4), mixture).cases)
+        assert found == cases if bare else found > cases
+
+
 def test_a_margin_ends_the_chunk():
     blank = [7, 8, 7]
     sampler = small_sampler(TraceSampler, rare_words=RARE, margin=blank)
