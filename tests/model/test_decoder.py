@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The decoder against `transformers` on tiny random models, and the configs it refuses."""
 
+import copy
 import json
 
 import pytest
@@ -156,6 +157,15 @@ def test_decoder_cached_decode_matches_transformers(models):
     torch.testing.assert_close(logits[valid], expected[valid], **TOLERANCE)
     with pytest.raises(ValueError, match="cache: expected at most 17 tokens, got 18"):
         run(decoder, ids[:, :1], positions[:, -1:] + 1, cache=cache)
+
+
+def test_a_cast_decoder_keeps_its_rotary_tables_in_float32(models):
+    _, decoder = models
+    ids = random_ids(2, 9)
+    expected, tables = run(decoder, ids), decoder.rope_tables(9)
+    cast = copy.deepcopy(decoder).to(torch.bfloat16)
+    assert all(torch.equal(*pair) for pair in zip(cast.rope_tables(9), tables, strict=True))
+    torch.testing.assert_close(run(cast, ids).float(), expected, rtol=0, atol=0.1)
 
 
 @torch.no_grad()
