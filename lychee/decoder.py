@@ -236,9 +236,8 @@ class Decoder(nn.Module):
 
     def rope_tables(self, length: int) -> tuple[Tensor, Tensor]:
         """cos, sin [N >= length, D/2] float32, computed in float64 and grown by doubling."""
-        # A module's `to(dtype)` casts its buffers as well.
-        fits = self.cos.device == self.device and self.cos.dtype == torch.float32
-        if self.cos.shape[0] < length or not fits:
+        table = (self.cos.device, self.cos.dtype)  # a module's `to(dtype)` casts its buffers too
+        if self.cos.shape[0] < length or table != (self.device, torch.float32):
             size = max(512, 1 << (length - 1).bit_length())
             cos, sin = lk.rope_tables(size, self.config.inverse_frequencies())
             self.cos, self.sin = cos.to(self.device), sin.to(self.device)
