@@ -11,6 +11,7 @@ weights, gradients and optimiser state are spread over the processes (FSDP2).
 from __future__ import annotations
 
 import dataclasses
+import gc
 import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -180,8 +181,12 @@ class Processes:
                 module.reshard()
 
     def leave(self) -> None:
+        """End the group and its threads; whoever holds a wrapped module lets go of it before."""
         if self.count > 1 and dist.is_initialized():
             dist.destroy_process_group()
+            # Wrapped modules are cycles that hold the group. A thread of it that is still alive
+            # when the interpreter ends can abort the process (pytorch issue 190489).
+            gc.collect()
 
 
 def to_device(value: Any, device: torch.device) -> Any:

@@ -295,4 +295,6 @@ class TrainingRun:
                 run.resume()
             run.run()
         finally:
-            run.processes.leave()
+            processes = run.processes
+            del run
+            processes.leave()

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,7 +35,8 @@ def one(tmp_path_factory, books):
 
 
 def arguments(recipe, folder, books, stage="pretrain"):
-    return [stage, str(recipe), "--out", str(folder), "--books", str(books), "--resume"]
+    options = ["--out", str(folder), "--books", str(books), "--resume"]
+    return ["-m", "lychee", "train", stage, str(recipe), *options]
 
 
 def free_port():
@@ -46,7 +48,7 @@ def free_port():
 def start(command, **environment):
     """A process in a session of its own, so that whatever it started can be ended with it."""
     return subprocess.Popen(
-        [sys.executable, "-m", *command],
+        [sys.executable, *command],
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -85,10 +87,9 @@ def assert_same_run(folder, one):
     assert (folder / "model" / "model.safetensors").is_file()
 
 
-def run_two(*arguments):
-    """`lychee train` in two processes that share every batch."""
+def run_two(*command):
+    """Python with these arguments in two processes that share every batch."""
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    command = ["lychee", "train", *arguments]
     finish(*(start(command, RANK=rank, LOCAL_RANK=rank, **shared) for rank in "01"))
 
 
@@ -99,6 +100,24 @@ def test_two_processes_give_the_losses_of_one(tmp_path, books, one):
     recipe = write_recipe(tmp_path, WHOLE)
     Pretraining.train(recipe, folder, books=books, resume=True)
     assert_same_run(folder, one)
+
+
+def test_no_thread_outlives_the_group(tmp_path, books):
+    """A thread of gloo's that lives until the interpreter ends aborts some of the runs."""
+    code = """
+import os, sys
+from pathlib import Path
+from lychee.train.pretrain import Pretraining
+recipe, folder, books = map(Path, sys.argv[1:])
+Pretraining.train(recipe, folder, books=books)
+names = [Path(f"/proc/self/task/{task}/comm").read_text() for task in os.listdir("/proc/self/task")]
+left = [name for name in names if "gloo" in name]
+sys.exit(f"threads left: {left}" if left else 0)
+"""
+    if not Path("/proc/self/task").is_dir():
+        pytest.skip("lists threads in Linux's /proc")
+    folder, recipe = run_folder(tmp_path / "run", books), write_recipe(tmp_path, FIRST)
+    run_two("-c", code, str(recipe), str(folder), str(books))
 
 
 def test_two_processes_train_the_gate_of_one(tmp_path, books):
@@ -116,11 +135,11 @@ def test_sharded_weights_give_the_losses_of_one(tmp_path, books, one):
     pytest.importorskip("accelerate")
     folder = run_folder(tmp_path / "run", books)
     Pretraining.train(write_recipe(tmp_path, FIRST), folder, books=books)
-    launch = ["accelerate.commands.launch", "--use_fsdp", "--fsdp_version", "2"]
+    launch = ["-m", "accelerate.commands.launch", "--use_fsdp", "--fsdp_version", "2"]
     launch += ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
     launch += ["--dynamo_backend", "no", "--main_process_port", str(free_port())]
     command = arguments(write_recipe(tmp_path, WHOLE), folder, books)
-    finish(start([*launch, "-m", "lychee", "train", *command]))
+    finish(start([*launch, *command]))
     assert_same_run(folder, one)
 
 
