@@ -129,12 +129,13 @@ def gated_mlp(case: Case) -> Arguments:
 def linear(case: Case) -> Arguments:
     rows, hidden, outputs = case.shape.rows, case.shape.hidden, case.shape.outputs
     arguments = {
-        "x": torch.randn(rows, hidden),
-        "norm_weight": 1 + 0.1 * torch.randn(hidden),
-        "weight": torch.randn(outputs, hidden) * hidden**-0.5,
+        "x": torch.randn(rows, hidden).to(case.dtype),
+        "norm_weight": (1 + 0.1 * torch.randn(hidden)).to(case.dtype),
+        "weight": (torch.randn(outputs, hidden) * hidden**-0.5).to(case.dtype),
         "eps": 1e-6,
     }
-    return {"ours": [arguments | {"out": torch.empty(rows, outputs)}], "eager": [arguments]}
+    ours = arguments | {"out": torch.empty(rows, outputs, dtype=case.dtype)}
+    return {name: rotating(case, a, "weight") for name, a in (("ours", ours), ("eager", arguments))}
 
 
 def select_chunks(case: Case) -> Arguments:

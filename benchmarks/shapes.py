@@ -64,7 +64,7 @@ class FeedForward(Shape):
 
 @dataclass(frozen=True)
 class Projection(Shape):
-    """linear_: rows of a window's raw tokens, in the same model."""
+    """linear_: rows of a window's raw tokens, in the same model; or of a decoding step."""
 
     rows: int = 2048
     hidden: int = 512
@@ -129,7 +129,10 @@ FLOAT, HALF, BYTE = torch.float32, torch.bfloat16, torch.int8
 
 COMPRESS_PACK = cases([Window(), Window(batch=8, cold=True)], (FLOAT, BYTE), (HALF, BYTE))
 GATED_MLP = cases([FeedForward()], (FLOAT, None))
-LINEAR = cases([Projection(), Projection(outputs=128)], (FLOAT, None))
+LINEAR = cases([Projection(), Projection(outputs=128)], (FLOAT, None)) + cases(
+    [Projection(rows=1, hidden=3584, outputs=18944, cold=True), Projection(rows=1, cold=True)],
+    (HALF, None),
+)
 SELECT_CHUNKS = cases([Selection(), Selection(chunks=4096)], (FLOAT, None))
 GATHER_CHUNKS = cases([Gather(), Gather(tokens=8192, cold=True)], (HALF, BYTE))
 DECODE = cases(

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 import lychee_kernels as lk
-from lychee.decoder import Decoder, Layer, linear_into
+from lychee.decoder import Decoder, Layer
+from lychee.projection import linear_into
 
 
 class Sink(Protocol):

@@ -11,9 +11,7 @@ from torch import Tensor, nn
 
 import lychee_kernels as lk
 from lychee.config import ModelConfig
-
-# Rows per block of row-wise work: a block's activations stay in cache, and peak memory stays flat.
-BLOCK_ROWS = 512
+from lychee.projection import BLOCK_ROWS, Linear, RMSNorm, fused, linear_into
 
 
 class Pages(Protocol):
@@ -52,58 +50,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out.to(x.dtype)
 
 
-class RMSNorm(nn.Module):
-    """Root-mean-square norm; normalises in fp32, casts, then scales, as the model families do."""
-
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled():
-            # One pass for the sum of squares where F.rms_norm makes three.
-            square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
-            scale = square.div_(x.shape[-1]).add_(self.eps).rsqrt_()
-            return torch.mul(x, scale).mul_(self.weight)
-        if x.dtype == torch.float32:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        return F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype) * self.weight
-
-
-def linear_into(
-    linear: nn.Linear, x: Tensor, out: Tensor, *, norm: RMSNorm | None = None, add: bool = False
-) -> None:
-    """Write linear(norm(x)) into `out` [rows, N], or add it to what is there; without gradients.
-
-    x: [rows, E], or strided groups of rows [G, R, E].
-    """
-    if fused(x):
-        norm_weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
-        lk.linear_(
-            out, x, linear.weight, bias=linear.bias, norm_weight=norm_weight, eps=eps, add=add
-        )
-        return
-    per_group = x[:1].shape[:-1].numel()
-    for groups in range(0, x.shape[0], max(1, BLOCK_ROWS // per_group)):
-        rows = x[groups : groups + max(1, BLOCK_ROWS // per_group)].flatten(0, -2)
-        target = out[groups * per_group :][: len(rows)]
-        rows = rows if norm is None else norm(rows)
-        if add and linear.bias is not None:
-            target += linear.bias
-        if add:
-            target.addmm_(rows, linear.weight.t())
-        elif linear.bias is not None:
-            torch.addmm(linear.bias, rows, linear.weight.t(), out=target)
-        else:
-            torch.mm(rows, linear.weight.t(), out=target)
-
-
-def fused(x: Tensor) -> bool:
-    """Whether the row-wise ops of lychee_kernels take x."""
-    return x.device.type == "cpu" and x.dtype == torch.float32
-
-
 class Attention(nn.Module):
     """Projections of one layer, with a second set for memory tokens where the config asks."""
 
@@ -118,9 +64,9 @@ class Attention(nn.Module):
             "o": (query, config.hidden_size, config.output_bias),
         }
         for letter, (inputs, outputs, bias) in shapes.items():
-            setattr(self, f"{letter}_proj", nn.Linear(inputs, outputs, bias=bias))
+            setattr(self, f"{letter}_proj", Linear(inputs, outputs, bias=bias))
             if letter in memory_param:
-                memory = nn.Linear(inputs, outputs, bias=bias)
+                memory = Linear(inputs, outputs, bias=bias)
                 setattr(self, f"lychee_memory_{letter}_proj", memory)
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
@@ -153,9 +99,9 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         hidden, inner = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(hidden, inner, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(hidden, inner, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(inner, hidden, bias=config.mlp_bias)
+        self.gate_proj = Linear(hidden, inner, bias=config.mlp_bias)
+        self.up_proj = Linear(hidden, inner, bias=config.mlp_bias)
+        self.down_proj = Linear(inner, hidden, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() or x.device.type != "cpu":
@@ -220,7 +166,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config, self.folder = config, None  # folder: where the parameters were loaded from
         self.model = Backbone(config, memory_param)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.register_buffer("cos", torch.empty(0), persistent=False)

@@ -22,10 +22,11 @@ from torch import Tensor, nn
 
 import lychee_kernels as lk
 from lychee.allocator import return_freed_memory
-from lychee.decoder import Decoder, Layer, Pages, linear_into, rotate
+from lychee.decoder import Decoder, Layer, Pages, rotate
 from lychee.errors import MemoryConfigError
 from lychee.generate import PromptBatch, prefill_step
 from lychee.lora import LoraLinear, LowRank, merged_copy
+from lychee.projection import linear_into
 
 # Tokens of prompts in one pass over several questions, which bounds its activations.
 PASS_TOKENS = 4096

@@ -16,21 +16,29 @@ using OptionalTensor = std::optional<Tensor>;
 
 constexpr const char* kOp = "linear_";
 
-const float* floats(const Tensor& t, std::initializer_list<int64_t> sizes, const char* argument) {
-  check_cpu(t, kOp, argument);
-  check_shape(t, sizes, kOp, argument);
-  check_dtype(t, ScalarType::Float, kOp, argument);
-  check_last_dim_contiguous(t, kOp, argument);
-  return static_cast<const float*>(t.const_data_ptr());
-}
+// Blocks of outputs that a thread takes at once, at least: fewer bytes are not worth a thread.
+constexpr int64_t kHalfBytes = 1 << 17;
 
-void set_rows(LinearParams* p, const Tensor& x) {
+struct Checked {
+  ScalarType dtype;
+
+  const void* operator()(const Tensor& t, std::initializer_list<int64_t> sizes,
+                         const char* argument) const {
+    check_cpu(t, kOp, argument);
+    check_shape(t, sizes, kOp, argument);
+    check_dtype(t, dtype, kOp, argument);
+    check_last_dim_contiguous(t, kOp, argument);
+    return t.const_data_ptr();
+  }
+};
+
+void set_rows(LinearParams* p, const Tensor& x, const Checked& checked) {
   if (x.dim() == 3) {
-    p->x = floats(x, {-1, -1, -1}, "x");
+    p->x = checked(x, {-1, -1, -1}, "x");
     p->group_rows = x.size(1), p->x_group_stride = x.stride(0), p->x_row_stride = x.stride(1);
     p->rows = x.size(0) * x.size(1), p->inputs = x.size(2);
   } else {
-    p->x = floats(x, {-1, -1}, "x");
+    p->x = checked(x, {-1, -1}, "x");
     p->rows = p->group_rows = x.size(0), p->x_row_stride = x.stride(0), p->inputs = x.size(1);
   }
 }
@@ -48,20 +56,39 @@ void run(LinearParams p) {
                 [&](int64_t item, float* scratch) { multiply(p, item, scratch); });
 }
 
+void run_half(const LinearParams& p) {
+  const auto load = LYCHEE_ISA_TABLE(LinearHalfRowsFn, linear_half_rows).pick();
+  const auto multiply = LYCHEE_ISA_TABLE(LinearHalfFn, linear_half).pick();
+  const int64_t most = p.rows < kItemRows ? p.rows : kItemRows;
+  const FloatBuffer rows = allocate_floats(most * spread_stride(p.inputs), kOp);
+  const int64_t grain = kHalfBytes / (2 * kHalfOutputs * (p.inputs + 1)) + 1;
+  for (int64_t item = 0; item < items_of(p.rows); ++item) {
+    load(p, item, rows.get());
+    torch::stable::parallel_for(0, half_blocks_of(p.outputs), grain,
+                                [&](int64_t begin, int64_t end) {
+                                  for (int64_t block = begin; block < end; ++block)
+                                    multiply(p, item, rows.get(), block);
+                                });
+  }
+}
+
 void linear_cpu(const Tensor& out, const Tensor& x, const OptionalTensor& norm_weight, double eps,
                 const Tensor& weight, const OptionalTensor& bias, bool add) {
   LinearParams p{};
-  set_rows(&p, x);
-  p.weight = floats(weight, {-1, p.inputs}, "weight");
+  p.dtype = io_dtype(weight, kOp, "weight");
+  const Checked checked{weight.scalar_type()};
+  set_rows(&p, x, checked);
+  p.weight = checked(weight, {-1, p.inputs}, "weight");
   p.outputs = weight.size(0), p.weight_stride = weight.stride(0);
-  if (norm_weight.has_value()) p.norm_weight = floats(*norm_weight, {p.inputs}, "norm_weight");
-  if (bias.has_value()) p.bias = floats(*bias, {p.outputs}, "bias");
+  if (norm_weight.has_value()) p.norm_weight = checked(*norm_weight, {p.inputs}, "norm_weight");
+  if (bias.has_value()) p.bias = checked(*bias, {p.outputs}, "bias");
   p.eps = static_cast<float>(eps);
   p.add = add;
-  floats(out, {p.rows, p.outputs}, "out");
-  p.out = static_cast<float*>(out.mutable_data_ptr());
+  checked(out, {p.rows, p.outputs}, "out");
+  p.out = out.mutable_data_ptr();
   p.out_stride = out.stride(0);
-  if (p.rows > 0 && p.outputs > 0) run(p);
+  if (p.rows == 0 || p.outputs == 0) return;
+  p.dtype == Dtype::kFloat32 ? run(p) : run_half(p);
 }
 
 }  // namespace

@@ -20,5 +20,13 @@ void linear_avx512(const LinearParams& p, int64_t item, float* scratch) {
   linear_kernel(p, item, scratch);
 }
 
+void linear_half_rows_avx512(const LinearParams& p, int64_t item, float* rows) {
+  dispatch_io_dtype(p.dtype, [&](auto t) { half_rows_kernel<decltype(t)>(p, item, rows); });
+}
+
+void linear_half_avx512(const LinearParams& p, int64_t item, const float* rows, int64_t block) {
+  dispatch_io_dtype(p.dtype, [&](auto t) { half_kernel<decltype(t)>(p, item, rows, block); });
+}
+
 }  // namespace lychee
 #endif
