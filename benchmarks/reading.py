@@ -8,6 +8,7 @@ chunks. The costs are those of any model of that shape.
 
 import bisect
 import functools
+import os
 import random
 import time
 from collections.abc import Callable
@@ -28,6 +29,13 @@ from lychee.reading import ReadingLoop
 from lychee.tokenizer import TextTokenizer
 
 CUDA = torch.cuda.is_available()
+# A variable, not an option of pytest: peaks are measured in processes of their own.
+DTYPE_NAME = os.environ.get("LYCHEE_BENCH_DTYPE", "bfloat16" if CUDA else "float32")
+if DTYPE_NAME not in ("float32", "bfloat16", "float16"):
+    raise ValueError(
+        f"LYCHEE_BENCH_DTYPE: expected float32, bfloat16 or float16, got {DTYPE_NAME!r}"
+    )
+DTYPE = getattr(torch, DTYPE_NAME)
 POSITIONS = 1 << 21
 # 42.5M parameters.
 SMALL = {
@@ -63,7 +71,7 @@ LENGTHS = (
 # Texts that the crossovers with full context try: whole steps, from one on.
 STEP, STEPS = 16384 if CUDA else 2048, 16
 SHAPES = (
-    f"{'Qwen2.5-7B shape, bfloat16' if CUDA else '42.5M parameters, float32'}, random weights; "
+    f"{'Qwen2.5-7B shape' if CUDA else '42.5M parameters'}, {DTYPE_NAME}, random weights; "
     f"chunks of {CHUNK} tokens, windows of {WINDOW}, ratio {RATIO}; sections of MemAgent "
     f"{SECTION_TOKENS}; questions of {QUESTION} tokens"
 )
@@ -97,7 +105,7 @@ def make_decoder() -> Decoder:
     for parameter in decoder.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.02)
-    return decoder.to(torch.bfloat16 if CUDA else torch.float32).eval()
+    return decoder.to(DTYPE).eval()
 
 
 @functools.cache
