@@ -8,8 +8,28 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace lychee {
 namespace {
+
+// Whether the processor multiplies bfloat16 tiles and the system lets this process keep them.
+bool may_use_amx() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;  // CPUID leaf 7, EDX
+  constexpr int kAskPermission = 0x1023, kTileData = 18;  // arch_prctl(ARCH_REQ_XCOMP_PERM, ...)
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kBf16) == 0 || (d & kTile) == 0)
+    return false;
+  return syscall(SYS_arch_prctl, kAskPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 
 Isa best_isa() {
 #if defined(__x86_64__)
@@ -19,6 +39,7 @@ Isa best_isa() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
+  if (avx512 && may_use_amx()) return Isa::kAmx;
   return avx512 ? Isa::kAvx512 : avx2 ? Isa::kAvx2 : Isa::kGeneric;
 #else
   return Isa::kGeneric;
@@ -29,14 +50,14 @@ Isa choose_isa() {
   const Isa best = best_isa();
   const char* forced = std::getenv("LYCHEE_CPU_ISA");
   if (forced == nullptr || *forced == '\0') return best;
-  for (Isa isa : {Isa::kGeneric, Isa::kAvx2, Isa::kAvx512}) {
+  for (Isa isa : {Isa::kGeneric, Isa::kAvx2, Isa::kAvx512, Isa::kAmx}) {
     if (std::string(forced) != isa_name(isa)) continue;
     if (isa <= best) return isa;
     throw std::runtime_error(std::string("cpu_isa: LYCHEE_CPU_ISA: expected at most ") +
                              isa_name(best) + " on this machine, got " + forced);
   }
   throw std::runtime_error(
-      std::string("cpu_isa: LYCHEE_CPU_ISA: expected generic, avx2 or avx512, got ") + forced);
+      std::string("cpu_isa: LYCHEE_CPU_ISA: expected generic, avx2, avx512 or amx, got ") + forced);
 }
 
 std::string cpu_isa_op() { return isa_name(cpu_isa()); }
@@ -49,7 +70,16 @@ Isa cpu_isa() {
 }
 
 const char* isa_name(Isa isa) {
-  return isa == Isa::kAvx512 ? "avx512" : isa == Isa::kAvx2 ? "avx2" : "generic";
+  switch (isa) {
+    case Isa::kAmx:
+      return "amx";
+    case Isa::kAvx512:
+      return "avx512";
+    case Isa::kAvx2:
+      return "avx2";
+    default:
+      return "generic";
+  }
 }
 
 }  // namespace lychee

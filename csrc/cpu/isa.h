@@ -4,10 +4,11 @@
 
 namespace lychee {
 
-enum class Isa { kGeneric, kAvx2, kAvx512 };
+// kAmx: AVX-512 with products of bfloat16 tiles, which attention in bfloat16 uses.
+enum class Isa { kGeneric, kAvx2, kAvx512, kAmx };
 
-// The best set this machine has, or the one LYCHEE_CPU_ISA=generic|avx2|avx512 names (an error if
-// the machine lacks it).
+// The best set this machine has, or the one LYCHEE_CPU_ISA=generic|avx2|avx512|amx names (an error
+// if the machine lacks it).
 Isa cpu_isa();
 
 const char* isa_name(Isa isa);
@@ -18,7 +19,7 @@ struct IsaTable {
   Fn generic, avx2, avx512;
   Fn pick() const {
     const Isa isa = cpu_isa();
-    return isa == Isa::kAvx512 ? avx512 : isa == Isa::kAvx2 ? avx2 : generic;
+    return isa >= Isa::kAvx512 ? avx512 : isa == Isa::kAvx2 ? avx2 : generic;
   }
 };
 

@@ -31,7 +31,9 @@ void partition(MemoryAttentionParams* p, const KeyTiles& tiles) {
 }
 
 void run_blocks(MemoryAttentionParams* p, int64_t blocks) {
-  const auto attend = LYCHEE_ISA_TABLE(MemoryAttentionFn, memory_attention).pick();
+  const bool amx = cpu_isa() == Isa::kAmx && amx_takes(*p);
+  const auto attend =
+      amx ? memory_attention_amx : LYCHEE_ISA_TABLE(MemoryAttentionFn, memory_attention).pick();
   const auto merge = LYCHEE_ISA_TABLE(MergeSplitsFn, merge_splits).pick();
   const int64_t items = blocks * p->num_splits;
   FloatBuffer partial(nullptr, &std::free);
@@ -40,7 +42,8 @@ void run_blocks(MemoryAttentionParams* p, int64_t blocks) {
     partial = allocate_floats(items * p->block_rows * p->partial_stride, "memory_attention");
     p->partial = partial.get();
   }
-  for_each_item(items, memory_attention_scratch(p->head_dim, p->block_rows), "memory_attention",
+  const auto scratch_floats = amx ? memory_attention_amx_scratch : memory_attention_scratch;
+  for_each_item(items, scratch_floats(p->head_dim, p->block_rows), "memory_attention",
                 [&](int64_t item, float* scratch) { attend(*p, item, scratch); });
   if (p->num_splits == 1) return;
   torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {

@@ -78,6 +78,18 @@ void memory_attention_generic(const MemoryAttentionParams&, int64_t item, float*
 void memory_attention_avx2(const MemoryAttentionParams&, int64_t item, float* scratch);
 void memory_attention_avx512(const MemoryAttentionParams&, int64_t item, float* scratch);
 
+// The same for bfloat16 queries on AMX, whose tiles multiply in bfloat16 and sum up in float32.
+constexpr int64_t kAmxRows = 16;
+static inline int64_t memory_attention_amx_scratch(int64_t head_dim, int64_t block_rows) {
+  const int64_t rows = (block_rows + kAmxRows - 1) / kAmxRows * kAmxRows;
+  return rows * head_dim / 2 * 3 + 4 * kTileKeys * head_dim + 2 * kAmxRows * kTileKeys + kTileKeys +
+         rows * (1 + kPadLanes);
+}
+static inline bool amx_takes(const MemoryAttentionParams& p) {
+  return p.dtype == Dtype::kBFloat16 && p.head_dim % 32 == 0 && p.block_rows >= kAmxRows;
+}
+void memory_attention_amx(const MemoryAttentionParams&, int64_t item, float* scratch);
+
 // Merges the splits of one block; `block` counts items without their splits.
 using MergeSplitsFn = void (*)(const MemoryAttentionParams&, int64_t block);
 void merge_splits_generic(const MemoryAttentionParams&, int64_t block);

@@ -47,19 +47,12 @@ inline void softmax_row(float* scores, int64_t vectors, int64_t visible, const f
   store(sum, total);
 }
 
-template <int M>
-inline void attend_rows(const Block& block, const TileView& tile, int64_t head_dim, int64_t row) {
+// Turns the scores of `count` rows from `row` on into weights, each row's up to what it sees.
+inline void softmax_rows(const Block& block, const TileView& tile, int64_t row, int64_t count,
+                         int64_t vectors, int64_t visible) {
   const int64_t first_token = block.first_token + row / block.group;
-  const int64_t last_token = block.first_token + (row + M - 1) / block.group;
-  const int64_t visible = tile.visible(last_token);
-  if (visible == 0) return;
-  const int64_t vectors = (visible + kLanes - 1) / kLanes;
-  for_panels(vectors, [&](int64_t column, auto width) {
-    score_panel<M, width()>(block.q + row * block.dim, block.dim, block.keys + column, head_dim,
-                            block.scores + column);
-  });
   const bool full = tile.keep == nullptr && tile.visible(first_token) == kTileKeys;
-  for (int m = 0; m < M; ++m) {
+  for (int64_t m = 0; m < count; ++m) {
     float* scores = block.scores + m * kTileKeys;
     float* sum = block.sum + (row + m) * kPadLanes;
     float* out = block.out + (row + m) * block.dim;
@@ -72,6 +65,19 @@ inline void attend_rows(const Block& block, const TileView& tile, int64_t head_d
                         sum, out, block.dim);
     }
   }
+}
+
+template <int M>
+inline void attend_rows(const Block& block, const TileView& tile, int64_t head_dim, int64_t row) {
+  const int64_t last_token = block.first_token + (row + M - 1) / block.group;
+  const int64_t visible = tile.visible(last_token);
+  if (visible == 0) return;
+  const int64_t vectors = (visible + kLanes - 1) / kLanes;
+  for_panels(vectors, [&](int64_t column, auto width) {
+    score_panel<M, width()>(block.q + row * block.dim, block.dim, block.keys + column, head_dim,
+                            block.scores + column);
+  });
+  softmax_rows(block, tile, row, M, vectors, visible);
   for_panels(block.dim / kLanes, [&](int64_t column, auto width) {
     value_panel<M, width()>(block.scores, tile.values + column, tile.value_stride, visible,
                             block.out + row * block.dim + column, block.dim);
@@ -140,30 +146,49 @@ void decode_item(const MemoryAttentionParams& p, const Block& block, int64_t ite
   }
 }
 
-template <class T>
-void memory_attention_item(const MemoryAttentionParams& p, int64_t item, float* scratch) {
-  const Block block = make_block(p, item, scratch);
-  int64_t begin = p.tile_begin[block.batch], end = p.tile_begin[block.batch + 1];
-  if (p.num_splits > 1) {
-    begin += block.split * kTilesPerSplit;
-    end = end < begin + kTilesPerSplit ? end : begin + kTilesPerSplit;
-  }
-  if (is_decode(p)) return decode_item<T>(p, block, item, begin, end, scratch);
-  load_queries<T>(p, block);
+// The item's tiles, of its split alone: first and behind the last.
+inline void tile_range(const MemoryAttentionParams& p, const Block& block, int64_t* begin,
+                       int64_t* end) {
+  *begin = p.tile_begin[block.batch], *end = p.tile_begin[block.batch + 1];
+  if (p.num_splits == 1) return;
+  *begin += block.split * kTilesPerSplit;
+  if (*end > *begin + kTilesPerSplit) *end = *begin + kTilesPerSplit;
+}
+
+// Calls fn(tile) for every tile that some row of the block sees.
+template <class Fn>
+inline void for_tiles(const MemoryAttentionParams& p, const Block& block, int64_t begin,
+                      int64_t end, const Fn& fn) {
   const int64_t last_token = block.first_token + block.rows / block.group - 1;
   const int64_t segment_end = p.num_keys - (p.num_queries - 1 - last_token) * p.query_stride;
   for (int64_t i = begin; i < end; ++i) {
-    const KeyTile& tile = p.tiles[i];
-    if (tile.page < 0 && tile.first >= segment_end) break;
-    const TileView view =
-        tile.page < 0 ? load_segment_tile<T>(p, block, tile) : load_page_tile(p, block, tile);
-    for_rows(block.rows,
-             [&](int64_t row, auto m) { attend_rows<m()>(block, view, p.head_dim, row); });
+    if (p.tiles[i].page < 0 && p.tiles[i].first >= segment_end) break;
+    fn(p.tiles[i]);
   }
+}
+
+template <class T>
+void finish_rows(const MemoryAttentionParams& p, const Block& block, int64_t item) {
   for (int64_t r = 0; r < block.rows; ++r) {
     finish_row<T>(p, block, item, r, block.out + r * block.dim, block.maximum[r],
                   reduce_add(load(block.sum + r * kPadLanes)));
   }
+}
+
+template <class T>
+void memory_attention_item(const MemoryAttentionParams& p, int64_t item, float* scratch) {
+  const Block block = make_block(p, item, scratch);
+  int64_t begin, end;
+  tile_range(p, block, &begin, &end);
+  if (is_decode(p)) return decode_item<T>(p, block, item, begin, end, scratch);
+  load_queries<T>(p, block);
+  for_tiles(p, block, begin, end, [&](const KeyTile& tile) {
+    const TileView view =
+        tile.page < 0 ? load_segment_tile<T>(p, block, tile) : load_page_tile(p, block, tile);
+    for_rows(block.rows,
+             [&](int64_t row, auto m) { attend_rows<m()>(block, view, p.head_dim, row); });
+  });
+  finish_rows<T>(p, block, item);
 }
 
 template <class T>

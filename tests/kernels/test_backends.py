@@ -41,9 +41,9 @@ def test_backends_name_every_op():
     assert lychee_kernels.backends() == dict.fromkeys(OPS, "cpp")
 
 
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "amx"])
 def test_every_instruction_set_passes_the_accuracy_tests(isa):
-    order = ["generic", "avx2", "avx512"]
+    order = ["generic", "avx2", "avx512", "amx"]
     if order.index(isa) > order.index(lychee_kernels.cpu_isa()):
         pytest.skip(f"this processor has no {isa}")
     if isa == lychee_kernels.cpu_isa():
@@ -67,7 +67,7 @@ def test_forced_instruction_set_is_used_and_checked():
     assert code == 0 and "generic" in output
     code, output = run("-c", CALL.format(dtype="torch.float32"), LYCHEE_CPU_ISA="mmx")
     assert code != 0
-    assert "cpu_isa: LYCHEE_CPU_ISA: expected generic, avx2 or avx512, got mmx" in output
+    assert "cpu_isa: LYCHEE_CPU_ISA: expected generic, avx2, avx512 or amx, got mmx" in output
 
 
 def test_reference_backend_is_used_when_asked_for():

@@ -239,7 +239,7 @@ SAVE = (
 
 @pytest.mark.parametrize("isa", ["generic", "avx2"])
 def test_instruction_sets_agree(isa, tmp_path):
-    order = ["generic", "avx2", "avx512"]
+    order = ["generic", "avx2", "avx512", "amx"]
     if order.index(isa) >= order.index(lychee_kernels.cpu_isa()):
         pytest.skip(f"this processor uses {lychee_kernels.cpu_isa()} already")
     path = tmp_path / "results.pt"

@@ -165,7 +165,7 @@ def test_any_nan_stays_nan_in_bfloat16(dim):
 
 @pytest.mark.parametrize("isa", ["generic", "avx2"])
 def test_every_instruction_set_rounds_the_same(isa):
-    order = ["generic", "avx2", "avx512"]
+    order = ["generic", "avx2", "avx512", "amx"]
     if order.index(isa) >= order.index(cpu_isa()):
         pytest.skip(f"this processor uses {cpu_isa()} already")
     # cacheprovider off: the two pytest processes would share one cache folder
