@@ -8,7 +8,7 @@
 #include <stdexcept>
 #include <string>
 
-#if defined(__x86_64__) && defined(__linux__)
+#ifdef LYCHEE_HAS_AMX
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -19,7 +19,7 @@ namespace {
 
 // Whether the processor multiplies bfloat16 tiles and the system lets this process keep them.
 bool may_use_amx() {
-#if defined(__x86_64__) && defined(__linux__)
+#ifdef LYCHEE_HAS_AMX
   constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;  // CPUID leaf 7, EDX
   constexpr int kAskPermission = 0x1023, kTileData = 18;  // arch_prctl(ARCH_REQ_XCOMP_PERM, ...)
   unsigned a, b, c, d;

@@ -2,6 +2,13 @@
 // Which instruction set the CPU kernels use, decided once per process.
 #pragma once
 
+// Where tile registers can be compiled for and asked for.
+#if defined(__x86_64__) && defined(__linux__)
+#if defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11
+#define LYCHEE_HAS_AMX
+#endif
+#endif
+
 namespace lychee {
 
 // kAmx: AVX-512 with products of bfloat16 tiles, which attention in bfloat16 uses.

@@ -5,9 +5,10 @@
 // A tile register holds 16 rows of 64 bytes. A product takes 32 numbers of each of 16 left rows
 // and, of the right operand, 16 rows of pairs: two consecutive inner elements side by side for each
 // of 16 columns. So keys are packed by transposing 32-bit words, values by interleaving two rows.
+#include "cpu/isa.h"
 #include "cpu/memory_attention.h"
 
-#if defined(__x86_64__)
+#ifdef LYCHEE_HAS_AMX
 #include <immintrin.h>
 #include <math.h>
 #include <stdint.h>
@@ -270,6 +271,7 @@ void memory_attention_amx(const MemoryAttentionParams& p, int64_t item, float* s
 }  // namespace lychee
 #else
 namespace lychee {
+// cpu_isa() is never kAmx here.
 void memory_attention_amx(const MemoryAttentionParams&, int64_t, float*) {}
 }  // namespace lychee
 #endif

@@ -61,7 +61,9 @@ def memory_attention(
     Numerics: scores, softmax and sums in float32; independent of batch size and thread count. On
         CUDA, 16-bit inputs with D 64 or 128 are multiplied by tensor cores: rotated page keys and
         softmax weights are rounded to the dtype of q; at decode from 8-bit banks to float16, where
-        q is limited to +-32768 and kv_scale of a value must stay below 255.
+        q is limited to +-32768 and kv_scale of a value must stay below 255. On a CPU with AMX,
+        bfloat16 inputs with D a multiple of 32 and 16 or more query rows per kv head are multiplied
+        in tiles: softmax weights and page values are rounded to bfloat16, keys are not.
     Backward: q, k, v and float kv (rows that read one page add up, in a fixed order); sums in
         float32, bitwise repeatable on any number of threads. Devices: CPU, CUDA. On CUDA no value
         of a page table is checked: a page outside of the bank counts as empty.

@@ -40,6 +40,7 @@ CASES = [
     Case("decode", batch=1, queries=1, keys=300, heads=28, kv_heads=4, dim=128, pages=20),
     Case("pages", queries=19, keys=0, dim=40, pages=5, page_tokens=7, rope_mode="affine"),
     Case("prefix", queries=70, keys=70, heads=8, dim=64, pages=4, rope_mode="affine"),
+    Case("tiles", queries=37, keys=150, heads=8, dim=96, pages=3, rope_mode="affine", holes=True),
     Case("long_page", queries=9, dim=256, pages=2, page_tokens=150, rope_mode="affine"),
     Case("int8", pages=4, bank_dtype=torch.int8, rope_mode="affine", dim=72),
     Case("long_int8", dim=32, pages=2, page_tokens=150, bank_dtype=torch.int8, rope_mode="affine"),

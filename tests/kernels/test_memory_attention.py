@@ -26,7 +26,9 @@ def test_memory_attention_matches_reference(case):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["primes", "cache", "pages", "prefix", "int8"])
+@pytest.mark.parametrize(
+    "name", ["primes", "cache", "pages", "prefix", "tiles", "long_page", "int8", "float8"]
+)
 def test_memory_attention_matches_reference_in_16_bits(name, dtype):
     check_forward(*make_inputs(BY_NAME[name], dtype))
 
