@@ -70,16 +70,8 @@ Isa cpu_isa() {
 }
 
 const char* isa_name(Isa isa) {
-  switch (isa) {
-    case Isa::kAmx:
-      return "amx";
-    case Isa::kAvx512:
-      return "avx512";
-    case Isa::kAvx2:
-      return "avx2";
-    default:
-      return "generic";
-  }
+  static constexpr const char* kNames[] = {"generic", "avx2", "avx512", "amx"};
+  return kNames[static_cast<int>(isa)];
 }
 
 }  // namespace lychee

@@ -17,7 +17,7 @@
 #include <type_traits>
 
 // After the standard headers, so that nothing they define is compiled for this target.
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,amx-tile,amx-bf16")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,avx512bf16,amx-tile,amx-bf16")
 
 #define LYCHEE_VEC_HEADER "cpu/vec_avx512.h"
 #include "cpu/memory_attention_kernel.inl"
@@ -238,7 +238,8 @@ void attend_group(const MemoryAttentionParams& p, const AmxBlock& a, const TileV
   }
   softmax_rows(block, view, row, count, kTileKeys / kLanes, visible);
   for (int64_t i = 0; i < count * kTileKeys; i += kLanes) {
-    store(a.weights + i, load(block.scores + i));
+    const __m256bh half = _mm512_cvtneps_pbh(load(block.scores + i));
+    memcpy(a.weights + i, &half, sizeof half);
   }
   value_group(a.weights, a.values, p.head_dim, block.out + row * p.head_dim);
 }
