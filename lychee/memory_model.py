@@ -18,7 +18,7 @@ from lychee.bank.identity import identify
 from lychee.compressor import Compressor
 from lychee.config import MemoryConfig, ModelConfig
 from lychee.documents import read_documents
-from lychee.errors import CheckpointError, InputError, MemoryConfigError
+from lychee.errors import CheckpointError, InputError
 from lychee.gate import Gate
 from lychee.gate_file import gate_fields, load_gate, save_gate, without_gate
 from lychee.generate import GREEDY, Sampling
@@ -74,7 +74,7 @@ class LycheeMemory:
 
         Raises:
             LycheeError: CheckpointError, UnsupportedModelError, MemoryConfigError, or InputError of
-                the device; each is one line that says why.
+                the device or dtype; each is one line that says why.
 
         A folder without trained memory parameters loads as well: its compressor then starts as a
         copy of the ordinary projections, `trained` is False and answers are not to be relied on.
@@ -262,5 +262,5 @@ def pick_dtype(dtype: str | torch.dtype, raw: dict, device: torch.device) -> tor
     name = (stored if device.type != "cpu" else "float32") if dtype == "auto" else dtype
     found = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name not in found:
-        raise MemoryConfigError(f"dtype: expected one of {', '.join(found)}, got {name!r}")
+        raise InputError(f"dtype: expected one of {', '.join(found)}, got {name!r}")
     return found[name]

@@ -34,6 +34,14 @@ BankDtype = Annotated[
         metavar="DTYPE", help="float32, float16, bfloat16, int8 or e4m3; auto is the model's own."
     ),
 ]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        metavar="DTYPE",
+        help="Of the weights: float32, bfloat16 or float16; auto is float32 on a CPU, as stored "
+        "on a GPU. On a CPU with AMX bfloat16 is the fastest.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 
 

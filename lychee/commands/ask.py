@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lychee.commands.apps import AsJson, BankDtype, Model, Ratio, app
+from lychee.commands.apps import AsJson, BankDtype, Dtype, Model, Ratio, app
 from lychee.commands.loading import (
     check_bank_dtype,
     check_question,
@@ -42,6 +42,7 @@ def ask(
     ],
     model: Model = None,
     ratio: Ratio = None,
+    dtype: Dtype = "auto",
     bank_dtype: BankDtype = "auto",
     tier: Annotated[
         str,
@@ -97,7 +98,7 @@ def ask(
     if trace is not None:
         check_writable(trace)
     memory_model, bank, seconds = prepare(
-        sources, questions, model, ratio, max_new_tokens, bank_dtype, tier
+        sources, questions, model, ratio, max_new_tokens, dtype, bank_dtype, tier
     )
     events = EventLines() if stream else None
     with ProgressDisplay("Reading", "chunks") as display:
@@ -127,6 +128,7 @@ def prepare(
     folder: Path | None,
     ratio: int | None,
     max_new_tokens: int | None,
+    dtype: str,
     bank_dtype: str,
     tier: str,
 ):
@@ -155,14 +157,14 @@ def prepare(
             raise InputError(
                 f"bank-dtype: expected {bank.dtype}, which {bank.path} has, got {bank_dtype}"
             )
-        memory_model = load_model_of(bank, folder, ratio, max_new_tokens)
+        memory_model = load_model_of(bank, folder, ratio, max_new_tokens, dtype)
         check_lengths(memory_model, questions)
         bank.attach(memory_model)
         return memory_model, bank, {"open_seconds": round(opened, 3)}
     if len(sources) == 1 and is_missing(sources[0]):
         raise InputError(f"{sources[0]}: expected texts or a bank, got nothing of that name")
     documents = read_documents(sources)
-    memory_model = load_model(folder, ratio, max_new_tokens)
+    memory_model = load_model(folder, ratio, max_new_tokens, dtype)
     check_lengths(memory_model, questions)
     started = time.perf_counter()
     with ProgressDisplay("Remembering", "tokens") as display:

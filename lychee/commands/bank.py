@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lychee.commands.apps import AsJson, BankDtype, Model, Ratio, app
+from lychee.commands.apps import AsJson, BankDtype, Dtype, Model, Ratio, app
 from lychee.commands.loading import (
     check_bank_dtype,
     load_libraries,
@@ -43,6 +43,7 @@ def build(
     ] = False,
     bank_dtype: BankDtype = "auto",
     model: Model = None,
+    dtype: Dtype = "auto",
     ratio: Ratio = None,
     as_json: AsJson = False,
 ) -> None:
@@ -62,7 +63,7 @@ def build(
             "go on with --resume, or put documents in with 'lychee add'",
         )
     texts = read_documents(documents)
-    memory_model = load_model(model, ratio)
+    memory_model = load_model(model, ratio, dtype=dtype)
     with ProgressDisplay("Building", "tokens") as display:
         with BankBuilder(memory_model, out, bank_dtype=bank_dtype, resume=resume) as builder:
             try:
@@ -74,7 +75,13 @@ def build(
 
 
 @app.command()
-def add(bank: Bank, documents: Documents, model: Model = None, as_json: AsJson = False) -> None:
+def add(
+    bank: Bank,
+    documents: Documents,
+    model: Model = None,
+    dtype: Dtype = "auto",
+    as_json: AsJson = False,
+) -> None:
     """Put documents into a bank; one of a name that is there takes the other's place."""
     load_libraries()
     from lychee.documents import read_documents
@@ -82,7 +89,7 @@ def add(bank: Bank, documents: Documents, model: Model = None, as_json: AsJson =
     opened = open_bank(bank)
     refuse_banks(documents)
     texts = read_documents(documents)
-    opened.attach(load_model_of(opened, model))
+    opened.attach(load_model_of(opened, model, dtype=dtype))
     with ProgressDisplay("Adding", "tokens") as display:
         report = opened.add(texts, progress=shown_by(display))
     print_report(bank, report, as_json)

@@ -36,7 +36,11 @@ def check_bank_dtype(name: str) -> None:
 
 
 def load_model_of(
-    bank, folder: Path | None, ratio: int | None = None, max_new_tokens: int | None = None
+    bank,
+    folder: Path | None,
+    ratio: int | None = None,
+    max_new_tokens: int | None = None,
+    dtype: str = "auto",
 ):
     """The model to ask or extend an opened bank with, set to the bank's own geometry."""
     memory = bank.memory
@@ -45,17 +49,21 @@ def load_model_of(
             f"ratio: expected {memory.ratio}, which {bank.path} was built with, got {ratio}"
         )
     geometry = {"window": memory.window, "chunk": memory.chunk}
-    return load_model(folder, memory.ratio, max_new_tokens, **geometry)
+    return load_model(folder, memory.ratio, max_new_tokens, dtype, **geometry)
 
 
 def load_model(
-    folder: Path | None, ratio: int | None, max_new_tokens: int | None = None, **geometry: int
+    folder: Path | None,
+    ratio: int | None,
+    max_new_tokens: int | None = None,
+    dtype: str = "auto",
+    **geometry: int,
 ):
     """The model of a command, with a warning where it was never trained to remember."""
     from lychee.memory_model import LycheeMemory
 
     with leaving_at_once():
-        model = LycheeMemory.from_pretrained(folder, ratio=ratio, **geometry)
+        model = LycheeMemory.from_pretrained(folder, dtype=dtype, ratio=ratio, **geometry)
     if not model.trained:
         warning = f"lychee: warning: {folder}: has no trained memory; its answers mean little"
         print(warning, file=sys.stderr, flush=True)

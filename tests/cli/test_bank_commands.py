@@ -115,6 +115,20 @@ def test_dtype_and_tier_reach_the_bank(docs, bank, model_folder, answer_of):
     assert read["disk"]["text"] == read["cpu"]["text"] == whole["text"]
 
 
+def test_dtype_of_the_weights(docs, tmp_path, model_folder, answer_of):
+    """Text in memory takes it; a bank on disk the stored one, and weights of either ask it."""
+    options, path = ("--model", model_folder, "--dtype", "bfloat16"), tmp_path / "X.bank"
+    whole = answer_of("ask", docs, "-q", "What?", "--model", model_folder)
+    half = answer_of("ask", docs, "-q", "What?", *options)
+    assert 2 * half["usage"]["memory_bytes"] == whole["usage"]["memory_bytes"]
+    answer_of("build", docs, "-o", path, *options)
+    assert answer_of("info", path)["dtype"] == "float32"
+    answer_of("add", path, docs, *options)
+    for weights in (options, options[:2]):
+        usage = answer_of("ask", path, "-q", "What?", *weights)["usage"]
+        assert usage["memory_bytes"] == whole["usage"]["memory_bytes"] and usage["chunks_read"] > 0
+
+
 def test_stream_prints_every_event_as_a_line(bank, model_folder, invoke, answer_of):
     options = (bank, *ASK, "--model", model_folder)
     result = invoke("ask", *options, "--stream")

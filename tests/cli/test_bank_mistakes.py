@@ -94,6 +94,12 @@ def test_bad_document_leaves_no_bank(refuse, tmp_path, options):
     assert not out.exists()
 
 
+def test_dtype_that_does_not_exist(refuse, tmp_path, text_file, options):
+    for command in (("ask", text_file, *QUESTION), ("build", text_file, "-o", tmp_path / "X")):
+        line = refuse(*command, "--dtype", "int8", *options)
+        assert line == "dtype: expected one of float32, bfloat16, float16, got 'int8'"
+
+
 def test_bank_dtype_that_does_not_exist(refuse, tmp_path, text_file, options):
     line = refuse("build", text_file, "-o", tmp_path / "X", "--bank-dtype", "int3", *options)
     assert line.startswith("bank-dtype: expected one of float32, ") and line.endswith("'int3'")
