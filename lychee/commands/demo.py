@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from lychee.commands.apps import AsJson, Model, Ratio, app
+from lychee.commands.apps import AsJson, Dtype, Model, Ratio, app
 from lychee.commands.loading import describe, load_libraries, load_model
 from lychee.progress import ProgressDisplay
 
@@ -29,6 +29,7 @@ def demo(
     ] = None,
     model: Model = None,
     ratio: Ratio = None,
+    dtype: Dtype = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Hide facts at random places of a long text, then ask for each one."""
@@ -40,7 +41,7 @@ def demo(
 
     seed = random.SystemRandom().randrange(1_000_000) if seed is None else seed
     name, book = read_book(text)
-    memory_model = load_model(model, ratio)
+    memory_model = load_model(model, ratio, dtype=dtype)
     chosen = make_facts(memory_model, name, book, facts, seed)
     long_text, hidden = hide_facts(memory_model, book, chosen, tokens, seed)
     started = time.perf_counter()

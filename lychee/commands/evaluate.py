@@ -13,8 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
-from lychee.commands.apps import AsJson, Model, app
-from lychee.commands.loading import check_bank_dtype, load_libraries, load_model
+from lychee.commands.apps import AsJson, Dtype, Model, app
+from lychee.commands.loading import check_bank_dtype, dtype_name, load_libraries, load_model
 from lychee.errors import InputError
 from lychee.progress import ProgressDisplay
 
@@ -94,6 +94,7 @@ def evaluate(
         list[str] | None, typer.Option(metavar="NAME", help="Else the task's; repeatable.")
     ] = None,
     model: Model = None,
+    dtype: Dtype = "auto",
     out: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="For records, JSON and table; the same call resumes."),
@@ -121,7 +122,7 @@ def evaluate(
     metrics.check_metrics(metric or [])
     files, difficulty = tuple(dict.fromkeys(files or ())), parse_settings(settings or [])
     request = tasks.Request(files, questions, seed, None if split == WHOLE else split, difficulty)
-    load = lru_cache(maxsize=1)(lambda at: load_model(model, at))
+    load = lru_cache(maxsize=1)(lambda at: load_model(model, at, dtype=dtype))
     gates = gates_of(gate_threshold or [], no_gate, compare_gate)
     for name in (dtypes := bank_dtype or ["auto"]):
         check_bank_dtype(name)
@@ -133,6 +134,7 @@ def evaluate(
     cells = tasks.task_cells(names, length, request, loaded.tokenizer)
     shared = {
         "model": harness.fingerprint(model),
+        "dtype": dtype_name(loaded),
         "files": {name: digest_of(file) for file, name in tasks.names_of(files).items()},
         "questions": questions,
         "seed": seed,

@@ -70,12 +70,18 @@ def load_model(
     return model if max_new_tokens is None else model.limited(answer=max_new_tokens)
 
 
+def dtype_name(model) -> str:
+    """Of the weights, as `--dtype` takes it."""
+    return str(model.decoder.dtype).removeprefix("torch.")
+
+
 def describe(model, folder: Path | None) -> dict[str, Any]:
     """What a result was made with."""
     memory = model.memory
     return {
         "model": "shipped" if folder is None else str(folder),
         "trained": model.trained,
+        "dtype": dtype_name(model),
         "ratio": memory.ratio,
         "window": memory.window,
         "chunk": memory.chunk,

@@ -74,6 +74,12 @@ def test_demo_reports_every_fact(run, book_file, model_folder):
         assert 0 <= fact["token"] < report["tokens"]
         assert set(fact["changed_chunks"]) <= set(range(report["chunks"]))
     assert report["right"] == sum(fact["right"] for fact in report["facts"])
+    assert report["dtype"] == "float32"
+    half = json.loads(run("demo", *options, "--seed", 7, "--dtype", "bfloat16", "--json").stdout)
+    assert half["dtype"] == "bfloat16"
+    assert [fact["expected"] for fact in half["facts"]] == [
+        fact["expected"] for fact in report["facts"]
+    ]
     table = run("demo", *options, "--seed", 7)
     assert table.returncode == 0
     lines = table.stdout.splitlines()

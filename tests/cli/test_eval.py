@@ -68,6 +68,20 @@ def test_gates_and_sizes_of_notes_beside_each_other(evaluate, book_file):
     assert found == [("auto", 2), ("auto", 20), ("off", 2), ("off", 20)]
 
 
+def test_dtype_of_the_weights(evaluate, book_file, tmp_path):
+    """Results say it, and a folder of records keeps to one."""
+    call = ("needles", book_file, *SMALL, "--json", "--out", tmp_path / "results")
+    whole, half = (
+        json.loads(evaluate(*call, *more).out)
+        for more in ((), ("--dtype", "bfloat16", "--out", tmp_path / "half"))
+    )
+    assert [found["settings"]["dtype"] for found in (whole, half)] == ["float32", "bfloat16"]
+    sizes = [found["cells"][0]["memory_bytes"] for found in (whole, half)]
+    assert sizes[0] == 2 * sizes[1] > 0
+    other = evaluate(*call, "--dtype", "bfloat16")
+    assert other.returncode == 2 and 'dtype: expected "float32" as in the run' in other.err
+
+
 def test_tasks_with_settings_as_json(evaluate, book_file):
     done = evaluate(
         "vt,niah_multikey_1,hops_2",
@@ -150,6 +164,7 @@ def test_memagents_shorter_sections_are_said(run):
         (("own", "missing.jsonl"), "missing.jsonl: expected a text file, got: No such file"),
         (("vt", "--plots"), "--plots: expected --out DIR"),
         (("vt", "--bank-dtype", "int4"), "bank-dtype: expected one of float32, float16, "),
+        (("vt", "--dtype", "int8"), "dtype: expected one of float32, bfloat16, float16, got"),
         (("vt", "--ratio", 4, "--ratio", 3), "ratio: expected a divisor of the window of 64"),
         (("vt", "--gate-threshold", 0.5), "gate: expected a model that has one, to set 0.5"),
         (("vt", "--notes", 99999), "notes: expected at most "),
