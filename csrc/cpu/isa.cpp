@@ -8,28 +8,8 @@
 #include <stdexcept>
 #include <string>
 
-#ifdef LYCHEE_HAS_AMX
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
 namespace lychee {
 namespace {
-
-// Whether the processor multiplies bfloat16 tiles and the system lets this process keep them.
-bool may_use_amx() {
-#ifdef LYCHEE_HAS_AMX
-  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;  // CPUID leaf 7, EDX
-  constexpr int kAskPermission = 0x1023, kTileData = 18;  // arch_prctl(ARCH_REQ_XCOMP_PERM, ...)
-  unsigned a, b, c, d;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kBf16) == 0 || (d & kTile) == 0)
-    return false;
-  return syscall(SYS_arch_prctl, kAskPermission, kTileData) == 0;
-#else
-  return false;
-#endif
-}
 
 Isa best_isa() {
 #if defined(__x86_64__)

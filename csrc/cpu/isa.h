@@ -20,6 +20,9 @@ Isa cpu_isa();
 
 const char* isa_name(Isa isa);
 
+// Whether the processor multiplies bfloat16 tiles and the system lets this process keep them.
+bool may_use_amx();
+
 // One kernel entry per instruction set; pick() chooses one.
 template <class Fn>
 struct IsaTable {

@@ -82,8 +82,8 @@ void memory_attention_avx512(const MemoryAttentionParams&, int64_t item, float* 
 constexpr int64_t kAmxRows = 16;
 static inline int64_t memory_attention_amx_scratch(int64_t head_dim, int64_t block_rows) {
   const int64_t rows = (block_rows + kAmxRows - 1) / kAmxRows * kAmxRows;
-  return rows * head_dim / 2 * 3 + 4 * kTileKeys * head_dim + 2 * kAmxRows * kTileKeys + kTileKeys +
-         rows * (1 + kPadLanes);
+  return rows * head_dim / 2 * 3 + kTileKeys * head_dim / 2 * 7 + kAmxRows * kTileKeys / 2 * 3 +
+         kTileKeys + rows * (1 + kPadLanes);
 }
 static inline bool amx_takes(const MemoryAttentionParams& p) {
   return p.dtype == Dtype::kBFloat16 && p.head_dim % 32 == 0 && p.block_rows >= kAmxRows;

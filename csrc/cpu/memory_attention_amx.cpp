@@ -9,12 +9,29 @@
 #include "cpu/memory_attention.h"
 
 #ifdef LYCHEE_HAS_AMX
+#include <cpuid.h>
 #include <immintrin.h>
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <type_traits>
+
+namespace lychee {
+
+// Runs on any processor, so it stands before the target below.
+bool may_use_amx() {
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;  // CPUID leaf 7, EDX
+  constexpr int kAskPermission = 0x1023, kTileData = 18;  // arch_prctl(ARCH_REQ_XCOMP_PERM, ...)
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kBf16) == 0 || (d & kTile) == 0)
+    return false;
+  return syscall(SYS_arch_prctl, kAskPermission, kTileData) == 0;
+}
+
+}  // namespace lychee
 
 // After the standard headers, so that nothing they define is compiled for this target.
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,avx512bf16,amx-tile,amx-bf16")
@@ -272,6 +289,7 @@ void memory_attention_amx(const MemoryAttentionParams& p, int64_t item, float* s
 }  // namespace lychee
 #else
 namespace lychee {
+bool may_use_amx() { return false; }
 // cpu_isa() is never kAmx here.
 void memory_attention_amx(const MemoryAttentionParams&, int64_t, float*) {}
 }  // namespace lychee

@@ -4,6 +4,7 @@
 // than the kernels ask for.
 #include "cpu/memory_attention.h"
 
+#include "cpu/isa.h"
 #include "cpu/memory_attention_bwd.h"
 #include "harness.h"
 
@@ -38,6 +39,12 @@ const Shape kShapes[] = {
     {2, 2, 3, 2, 1, 16, 0, 20, 1, Dtype::kFloat32, Dtype::kFloat8E4M3, true, false, 0},
     {1, 3, 4, 1, 1, 256, 0, 1, 66, Dtype::kFloat32, Dtype::kFloat16, true, false, 1},
     {1, 0, 3, 1, 1, 8, 0, 0, 0, Dtype::kFloat32, Dtype::kFloat32, false, false, 1},
+    // of those that AMX takes, every way to its tiles, and rows in groups that are not full
+    {2, 9, 12, 4, 2, 64, 8, 3, 70, Dtype::kBFloat16, Dtype::kInt8, true, true, 1},
+    {1, 150, 150, 2, 1, 32, 0, 1, 5, Dtype::kBFloat16, Dtype::kBFloat16, false, false, 1},
+    {1, 21, 70, 1, 1, 96, 8, 2, 33, Dtype::kBFloat16, Dtype::kFloat8E4M3, false, true, 3},
+    {2, 2, 2, 16, 2, 32, 0, 20, 3, Dtype::kBFloat16, Dtype::kBFloat16, true, false, 1},
+    {1, 16, 1, 1, 1, 128, 0, 2, 66, Dtype::kBFloat16, Dtype::kFloat32, true, false, 0},
 };
 constexpr int64_t kPositions = 150;
 
@@ -205,7 +212,8 @@ struct Problem {
   MemoryAttentionParams p{};
 };
 
-void check_forward(const Shape& s, MemoryAttentionFn attend, MergeSplitsFn merge) {
+// `slack`: how far outputs may be off beyond their rounding.
+void check_forward(const Shape& s, MemoryAttentionFn attend, MergeSplitsFn merge, double slack) {
   Problem problem(s);
   MemoryAttentionParams p = problem.p;
   p.block_tokens = kBlockRows / problem.group < s.queries ? kBlockRows / problem.group : s.queries;
@@ -221,7 +229,10 @@ void check_forward(const Shape& s, MemoryAttentionFn attend, MergeSplitsFn merge
   p.partial_stride = padded_dim(s.dim) + kPadLanes;
   Rows partial(blocks * p.num_splits * p.block_rows, p.partial_stride, 0, Dtype::kFloat32);
   if (p.num_splits > 1) p.partial = floats(partial);
-  Rows scratch(1, memory_attention_scratch(s.dim, p.block_rows), 0, Dtype::kFloat32);
+  const bool amx = attend == memory_attention_amx;
+  if (amx && !amx_takes(p)) return;
+  const auto scratch_floats = amx ? memory_attention_amx_scratch : memory_attention_scratch;
+  Rows scratch(1, scratch_floats(s.dim, p.block_rows), 0, Dtype::kFloat32);
   Rows out(s.batch * s.queries * s.heads, s.dim, 0, s.dtype);
   Rows lse(s.batch * s.heads, s.queries, 0, Dtype::kFloat32);
   p.out = out.data(), p.lse = floats(lse);
@@ -234,7 +245,7 @@ void check_forward(const Shape& s, MemoryAttentionFn attend, MergeSplitsFn merge
     const double total = problem.attend(b, h, t, &wanted), actual = lse.at(b * s.heads + h, t);
     EXPECT(total == -INFINITY ? actual == total : fabs(actual - total) < 4e-6);
     for (int64_t d = 0; d < s.dim; ++d) {
-      EXPECT(is_close(out.at((b * s.queries + t) * s.heads + h, d), wanted[d], s.dtype, 4e-6));
+      EXPECT(is_close(out.at((b * s.queries + t) * s.heads + h, d), wanted[d], s.dtype, slack));
     }
   }
 }
@@ -360,7 +371,15 @@ CASE(memory_attention) {
   const auto attend = RUNNABLE(memory_attention);
   const auto merge = RUNNABLE(merge_splits);
   for (const Shape& shape : kShapes) {
-    for (size_t i = 0; i < attend.size(); ++i) check_forward(shape, attend[i], merge[i]);
+    for (size_t i = 0; i < attend.size(); ++i) check_forward(shape, attend[i], merge[i], 4e-6);
+  }
+}
+
+// Its weights and dequantised values, of at most 1.2, are rounded to bfloat16.
+CASE(memory_attention_in_tiles) {
+  if (!may_use_amx()) return;
+  for (const Shape& shape : kShapes) {
+    check_forward(shape, memory_attention_amx, RUNNABLE(merge_splits).back(), 0x1p-8);
   }
 }
 

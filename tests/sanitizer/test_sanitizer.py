@@ -26,7 +26,7 @@ def compile_all(compiler, folder):
     stems = {path.stem for path in tests} - {"main"}
     # of memory_attention also memory_attention_bwd; select_chunks has one build, in its test
     kernels = sorted({
-        path for stem in stems for isa in ("generic", "avx2", "avx512")
+        path for stem in stems for isa in ("generic", "avx2", "avx512", "amx")
         for path in CSRC.glob(f"cpu/{stem}*_{isa}.cpp")
     })  # fmt: skip
     objects = [folder / f"{path.parent.name}_{path.stem}.o" for path in (*tests, *kernels)]
