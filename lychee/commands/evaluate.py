@@ -108,8 +108,8 @@ def evaluate(
     from lychee.eval import harness, metrics, tasks
     from lychee.eval import plots as drawing
     from lychee.eval.methods import check_methods
-    from lychee.eval.records import CELL, RecordFile
-    from lychee.eval.report import Table, write_results
+    from lychee.eval.records import RecordFile
+    from lychee.eval.report import write_results
 
     if plots and out is None:
         raise InputError("--plots: expected --out DIR to draw into, got none")
@@ -145,11 +145,7 @@ def evaluate(
         "together": together,
     }
     records = RecordFile(out, shared)
-    table = Table(
-        [name for name in CELL if varies(name, cells, runs)],
-        dict.fromkeys(name for cell in cells for name in cell.breakdown),
-        metric or [cells[0].metric if len({cell.metric for cell in cells}) == 1 else "score"],
-    )
+    table = table_of(cells, runs, metric)
     about, found = describe(shared, harness.remarks(runs, loaded)), []
     if not as_json:
         print(table.header, flush=True)
@@ -180,6 +176,18 @@ def gates_of(thresholds: list[float], no_gate: bool, compare: bool) -> list[str]
     if compare or not no_gate:
         gates = gates or ["auto"]
     return gates + ["off"] * (no_gate or compare)
+
+
+def table_of(cells: list, runs: list, metric: list[str] | None) -> Any:
+    """A table with a column for each field that differs between rows."""
+    from lychee.eval.records import CELL
+    from lychee.eval.report import Table
+
+    return Table(
+        [name for name in CELL if varies(name, cells, runs)],
+        dict.fromkeys(name for cell in cells for name in cell.breakdown),
+        metric or [cells[0].metric if len({cell.metric for cell in cells}) == 1 else "score"],
+    )
 
 
 def varies(name: str, cells: list, runs: list) -> bool:
