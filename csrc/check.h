@@ -97,7 +97,7 @@ inline void check_dtype(const Tensor& tensor, ScalarType dtype, const char* op,
 
 inline void check_last_dim_contiguous(const Tensor& tensor, const char* op, const char* argument) {
   const int64_t last = tensor.dim() - 1;
-  if (tensor.stride(last) == 1 || tensor.size(last) <= 1) return;
+  if (tensor.stride(last) == 1 || tensor.size(last) <= 1 || tensor.numel() == 0) return;
   fail(op, argument, "a contiguous last dimension",
        "stride " + std::to_string(tensor.stride(last)));
 }

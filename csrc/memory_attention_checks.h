@@ -41,6 +41,7 @@ class MemoryAttentionCheck {
     check_range(in_.rope_mode, 0, 1, op_, "rope_mode");
     io_dtype(q, op_, "q");
     check_head_dim(q.size(3), op_, "q");
+    check(q.size(1) > 0, op_, "q", "at least one head", "0");
     check(k.size(1) > 0 && q.size(1) % k.size(1) == 0, op_, "k", "a head count that divides q's",
           std::to_string(k.size(1)));
     check_segment(k, "k");

@@ -140,7 +140,7 @@ def _backend_on(device, op):
 
 
 def cpu_isa() -> str:
-    """The instruction set of the CPU kernels: "generic", "avx2" or "avx512".
+    """The instruction set of the CPU kernels: "generic", "avx2", "avx512" or "amx".
 
     Chosen from what the processor supports; the environment variable LYCHEE_CPU_ISA forces one and
     raises RuntimeError if the processor lacks it."""

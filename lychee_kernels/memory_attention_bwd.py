@@ -43,6 +43,10 @@ def memory_attention_bwd(
         keys, values, in_use = torch.ops.lychee.gather_chunks(
             kv, kv_scale, *tables, layer, layer + 1, rope_mode, torch.float32
         )
+        # as the forward has it, a page outside of the bank is empty
+        inside = (page_table >= 0) & (page_table < kv.shape[0])
+        in_use = in_use & inside.repeat_interleave(kv.shape[4], dim=1)
+        keys, values = (x.masked_fill(~in_use[:, None, :, None], 0.0) for x in (keys, values))
         page_dq, page_dk, page_dv = _part(rows, keys[0], values[0], in_use[:, None])
         dq += page_dq
         if bank_wanted:
@@ -87,5 +91,5 @@ def _part(rows, keys, values, seen):
         dscores = weights * (block_dout @ values.mT - grouped(delta)[..., None]) * softmax_scale
         dv += weights.mT @ block_dout
         dk += dscores.mT @ block_q
-        dq[:, :, tokens] = (dscores @ keys).view(batch, num_heads, -1, head_dim)
+        dq[:, :, tokens] = (dscores @ keys).view(batch, num_heads, tokens.stop - first, head_dim)
     return dq, dk, dv

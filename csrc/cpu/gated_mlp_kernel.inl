@@ -48,7 +48,7 @@ inline void pack_kernel(const GatedMlpParams& p, int64_t index) {
 // silu(gate) * up; the exponent is clamped where silu is 0 in float32 anyway.
 inline Vec activate(Vec gate, Vec up) {
   const Vec exponent = min(mul(gate, broadcast(-kLog2E)), broadcast(126.0f));
-  return div(mul(gate, up), add(broadcast(1.0f), exp2(exponent)));
+  return mul(div(gate, add(broadcast(1.0f), exp2(exponent))), up);
 }
 
 inline void gated_mlp_kernel(const GatedMlpParams& p, int64_t item, float* scratch) {

@@ -41,7 +41,7 @@ void list_tiles(const MemoryAttentionParams& p, const MemoryAttentionInputs& in,
     table = ints(in.page_table), len = ints(in.page_len), used = ints(in.num_pages);
     max_pages = in.page_table->size(1);
     bank_pages = in.kv->size(0), page_tokens = in.kv->size(4);
-    if (p.cos != nullptr) {
+    if (in.rotated()) {
       base = ints(in.page_base);
       positions = in.cos->size(0);
     }

@@ -58,6 +58,7 @@ inline void multiply_block(const float* a, int64_t a_stride, const float* b, int
 // c [rows, kPanel] = a [rows, depth] * panel [depth, kPanel]; rows is a multiple of kPanelRows.
 inline void multiply_panel(const float* a, int64_t a_stride, int64_t rows, const float* panel,
                            int64_t depth, float* c) {
+  if (depth == 0) memset(c, 0, rows * kPanel * sizeof(float));
   for (int64_t k = 0; k < depth; k += kStretch) {
     const int64_t stretch = depth - k < kStretch ? depth - k : kStretch;
     const auto multiply = k == 0 ? multiply_block<false> : multiply_block<true>;

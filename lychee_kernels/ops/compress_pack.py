@@ -4,6 +4,7 @@
 import torch
 
 from .. import ref
+from .._autograd import check_no_grad, mark_written, refuse_second_backward
 from .._check import (
     check,
     check_all,
@@ -93,7 +94,7 @@ def compress_pack_(
     Source: LycheeMemory, dynamic compression; paged bank of this project.
     Reference: lychee_kernels.ref.compress_pack_.
     """
-    _check_no_grad("compress_pack_", q=q, k=k, v=v)
+    check_no_grad("compress_pack_", q=q, k=k, v=v, kv=kv, kv_scale=kv_scale)
     if backend("compress_pack_") == "ref":
         _check_inputs("compress_pack_", q, k, v, cos, sin, batch, ratio, positions)
         _check_positions("compress_pack_", k.shape[0] // batch, cos, positions, pos0)
@@ -106,10 +107,12 @@ def compress_pack_(
             q, k, v, cos, sin, kv, kv_scale, page_table, slot0, batch=batch, ratio=ratio,
             layer=layer, mem_valid=mem_valid, positions=positions, pos0=pos0,
         )  # fmt: skip
-    return torch.ops.lychee.compress_pack_(
+    rotated = torch.ops.lychee.compress_pack_(
         q, k, v, cos, sin, kv, kv_scale, page_table, slot0, batch, ratio, layer, mem_valid,
         positions, pos0,
     )  # fmt: skip
+    mark_written(kv, kv_scale)
+    return rotated
 
 
 def write_memory_(k, v, kv, kv_scale, page_table, slot0, *, batch, layer, mem_valid=None):
@@ -130,7 +133,7 @@ def write_memory_(k, v, kv, kv_scale, page_table, slot0, *, batch, layer, mem_va
     Source: LycheeMemory, dynamic compression; paged bank of this project.
     Reference: lychee_kernels.ref.write_memory_.
     """
-    _check_no_grad("write_memory_", k=k, v=v)
+    check_no_grad("write_memory_", k=k, v=v, kv=kv, kv_scale=kv_scale)
     if backend("write_memory_") == "ref":
         _check_memory(
             "write_memory_", k, v, kv, kv_scale, page_table, slot0, mem_valid, batch, layer
@@ -142,12 +145,7 @@ def write_memory_(k, v, kv, kv_scale, page_table, slot0, *, batch, layer, mem_va
         )
         return
     torch.ops.lychee.write_memory_(k, v, kv, kv_scale, page_table, slot0, batch, layer, mem_valid)
-
-
-def _check_no_grad(op, **inputs):
-    for name, tensor in inputs.items():
-        recorded = torch.is_grad_enabled() and tensor.requires_grad
-        check(not recorded, op, name, "a tensor without gradient", "one that requires it")
+    mark_written(kv, kv_scale)
 
 
 def _check_inputs(op, q, k, v, cos, sin, batch, ratio, positions):
@@ -296,3 +294,4 @@ def _backward(ctx, dq_rot, dk_rot, dv_out, dmem_k, dmem_v):
 
 
 torch.library.register_autograd("lychee::compress_pack", _backward, setup_context=_setup_context)
+refuse_second_backward("compress_pack_bwd")

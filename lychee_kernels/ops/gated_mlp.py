@@ -4,7 +4,8 @@
 import torch
 
 from .. import ref
-from .._check import check, check_dtype, check_shape
+from .._autograd import check_no_grad, mark_written
+from .._check import check_dtype, check_shape
 from .._loader import backend
 
 _OP = "gated_mlp_"
@@ -35,15 +36,13 @@ def gated_mlp_(x, norm_weight, gate, up, down, *, eps):
     Source: the feed-forward block of Llama and Qwen, which is most of what compression computes.
     Reference: lychee_kernels.ref.gated_mlp_.
     """
-    inputs = {"x": x, "norm_weight": norm_weight, "gate": gate, "up": up, "down": down}
-    for name, tensor in inputs.items():
-        recorded = torch.is_grad_enabled() and tensor.requires_grad
-        check(not recorded, _OP, name, "a tensor without gradient", "one that requires it")
+    check_no_grad(_OP, x=x, norm_weight=norm_weight, gate=gate, up=up, down=down)
     if backend(_OP) == "ref":
         _check_inputs(x, norm_weight, gate, up, down)
         ref.gated_mlp_(x, norm_weight, gate, up, down, eps=eps)
         return
     torch.ops.lychee.gated_mlp_(x, norm_weight, eps, gate, up, down)
+    mark_written(x)
 
 
 def _check_inputs(x, norm_weight, gate, up, down):

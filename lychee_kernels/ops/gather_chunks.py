@@ -4,6 +4,7 @@
 import torch
 
 from .. import ref
+from .._autograd import check_no_grad, mark_written, refuse_second_backward
 from .._check import (
     check,
     check_bank,
@@ -59,8 +60,9 @@ def gather_chunks(
             the argument.
 
     Numerics: dequantisation and rotation in float32, rounded once; without either, a copy.
-    Backward: float kv (rows that read one page add up, in float32). Devices: CPU, CUDA. On CUDA no
-        value of a page table is checked: a page or position outside gives NaN.
+    Backward: float kv (rows that read one page add up, in float32), once; none of cos and sin.
+    Devices: CPU, CUDA. On CUDA no value of a page table is checked: a page or position outside
+        gives NaN.
     Source: LycheeMemory, selective activation of compressed memory.
     Reference: lychee_kernels.ref.gather_chunks.
     """
@@ -107,9 +109,7 @@ def gather_chunks_(
     """
     op = "gather_chunks_"
     mode = _rope_code(op, rope_mode)
-    for name, tensor in (("k", k), ("v", v), ("kv", kv)):
-        recorded = torch.is_grad_enabled() and tensor.requires_grad
-        check(not recorded, op, name, "a tensor without gradient", "one that requires it")
+    check_no_grad(op, k=k, v=v, kv=kv)
     first, last = (0, kv.shape[1]) if layer_range is None else layer_range
     arguments = kv, kv_scale, page_table, page_len, page_base, num_pages, cos, sin
     if backend(op) == "ref":
@@ -118,7 +118,9 @@ def gather_chunks_(
         positions = cos.shape[0] if mode == ROPE_MODES["affine"] else None
         check_page_values(op, kv, page_table, page_len, page_base, num_pages, positions)
         return ref.gather_chunks_(k, v, *arguments, layer_range=(first, last), rope_mode=rope_mode)
-    return torch.ops.lychee.gather_chunks_(k, v, *arguments, first, last, mode)
+    valid = torch.ops.lychee.gather_chunks_(k, v, *arguments, first, last, mode)
+    mark_written(k, v)
+    return valid
 
 
 def _rope_code(op, rope_mode):
@@ -237,3 +239,4 @@ def _backward(ctx, dk, dv, _):
 
 
 torch.library.register_autograd(f"lychee::{_OP}", _backward, setup_context=_setup_context)
+refuse_second_backward(f"{_OP}_bwd")

@@ -4,7 +4,8 @@
 import torch
 
 from .. import ref
-from .._check import check, check_dtype, check_shape
+from .._autograd import check_no_grad, mark_written
+from .._check import check_dtype, check_shape
 from .._loader import backend
 
 _OP = "linear_"
@@ -41,15 +42,13 @@ def linear_(out, x, weight, *, bias=None, norm_weight=None, eps=0.0, add=False):
     Source: the attention projections of Llama and Qwen.
     Reference: lychee_kernels.ref.linear_.
     """
-    inputs = {"out": out, "x": x, "weight": weight, "bias": bias, "norm_weight": norm_weight}
-    for name, tensor in inputs.items():
-        recorded = tensor is not None and torch.is_grad_enabled() and tensor.requires_grad
-        check(not recorded, _OP, name, "a tensor without gradient", "one that requires it")
+    check_no_grad(_OP, out=out, x=x, weight=weight, bias=bias, norm_weight=norm_weight)
     if backend(_OP) == "ref":
         _check_inputs(out, x, weight, bias, norm_weight)
         ref.linear_(out, x, weight, bias=bias, norm_weight=norm_weight, eps=eps, add=add)
         return
     torch.ops.lychee.linear_(out, x, norm_weight, eps, weight, bias, add)
+    mark_written(out)
 
 
 def _check_inputs(out, x, weight, bias, norm_weight):

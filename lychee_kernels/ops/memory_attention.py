@@ -4,6 +4,7 @@
 import torch
 
 from .. import ref
+from .._autograd import refuse_second_backward
 from .._check import check, check_bank, check_dtype, check_page_values, check_range, check_shape
 from .._loader import backend
 from ..memory_attention_bwd import memory_attention_bwd
@@ -64,9 +65,10 @@ def memory_attention(
         q is limited to +-32768 and kv_scale of a value must stay below 255. On a CPU with AMX,
         bfloat16 inputs with D a multiple of 32 and 16 or more query rows per kv head are multiplied
         in tiles: softmax weights and page values are rounded to bfloat16, keys are not.
-    Backward: q, k, v and float kv (rows that read one page add up, in a fixed order); sums in
-        float32, bitwise repeatable on any number of threads. Devices: CPU, CUDA. On CUDA no value
-        of a page table is checked: a page outside of the bank counts as empty.
+    Backward: q, k, v and float kv (rows that read one page add up, in a fixed order), once; none of
+        kv_scale, cos and sin; sums in float32, bitwise repeatable on any number of threads.
+    Devices: CPU, CUDA. On CUDA no value of a page table is checked: a page outside of the bank
+        counts as empty.
     Source: LycheeMemory, reasoning over compressed memory and working memory.
     Reference: lychee_kernels.ref.memory_attention.
     """
@@ -102,6 +104,7 @@ def _check_inputs(
     check_shape(_OP, "v", v, k.shape)
     for name, tensor in (("k", k), ("v", v)):
         check_dtype(_OP, name, tensor, q.dtype)
+    check(num_heads > 0, _OP, "q", "at least one head", 0)
     divides = k.shape[1] > 0 and num_heads % k.shape[1] == 0
     check(divides, _OP, "k", "a head count that divides q's", k.shape[1])
     check(
@@ -177,4 +180,5 @@ def _backward_fake(
 
 
 torch.library.register_autograd(f"lychee::{_OP}", _backward, setup_context=_setup_context)
+refuse_second_backward(f"{_OP}_bwd")
 torch.library.impl("lychee::memory_attention_bwd", "cuda", memory_attention_bwd)

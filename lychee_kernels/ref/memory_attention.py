@@ -18,7 +18,7 @@ def memory_attention(
 
     # scores are [B, Hkv, G * T, N]
     scores = by_kv_head(q, k.shape[1]).to(keys.dtype) @ keys.mT * scale
-    scores = scores.unflatten(2, (-1, num_queries))
+    scores = scores.unflatten(2, (num_heads // k.shape[1], num_queries))
     scores = scores.masked_fill(~visible[:, None, None], -torch.inf)
     lse = scores.logsumexp(-1)
     # a row without keys has lse -inf and weights 0

@@ -136,12 +136,14 @@ def gather_chunks_bwd(
     layers, batch, num_kv_heads, _, head_dim = dk.shape
     offset = torch.arange(page_tokens, device=dk.device)
     used = torch.arange(page_table.shape[1], device=dk.device) < num_pages[:, None]
+    used &= (page_table >= 0) & (page_table < bank_pages)
     # valid has a flag of every slot: [B, max_pages, P]
     valid = used[..., None] & (offset < page_len[..., None])
     # both become [B, max_pages, layers, Hkv, P, D]
     dk, dv = (x.float().unflatten(3, (-1, page_tokens)).permute(1, 3, 0, 2, 4, 5) for x in (dk, dv))
     if rope_mode == 1:
         position = torch.where(valid, page_base[..., None] + offset, 0).long()
+        position = position.clamp(0, max(len(cos) - 1, 0))
         dk = rotate(dk, *(x[position][:, :, None, None] for x in (cos, -sin)))
     rows = torch.stack((dk, dv), dim=4)
     rows = torch.where(valid[:, :, None, None, None, :, None], rows, 0.0)

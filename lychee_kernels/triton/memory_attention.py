@@ -64,7 +64,8 @@ def _attention_kernel(
     page_tiles = first * 0
     if kv is not None:
         tiles_per_page = tl.cdiv(page_tokens, KEYS)
-        page_tiles = tl.minimum(tl.load(num_pages + batch), max_pages) * tiles_per_page
+        used = tl.minimum(tl.maximum(tl.load(num_pages + batch), 0), max_pages)
+        page_tiles = used * tiles_per_page
     end = tl.minimum(first + split_tiles, page_tiles + tl.cdiv(seen, KEYS))
     if kv is not None:
         for tile in range(first, tl.minimum(end, page_tiles)):
@@ -223,7 +224,9 @@ def memory_attention_bwd(
     # each becomes [B, Hkv, G * T, D]
     q_rows, dout, out = (by_kv_head(x, num_kv_heads).float() for x in (q, dout, out))
     lse = by_kv_head(lse[..., None], num_kv_heads)
-    scores = (q_rows @ keys.mT * softmax_scale).unflatten(2, (-1, num_queries))
+    scores = (q_rows @ keys.mT * softmax_scale).unflatten(
+        2, (q.shape[1] // num_kv_heads, num_queries)
+    )
     scores = scores.masked_fill(~visible[:, None, None], -torch.inf).flatten(2, 3)
     weights = (scores - torch.where(lse == -torch.inf, 0.0, lse)).exp()
     dvalues = weights.mT @ dout

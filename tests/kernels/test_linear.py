@@ -11,8 +11,16 @@ import lychee_kernels
 from lychee_kernels import linear_, ref
 from lychee_kernels.testing import compare
 
-# rows, inputs, outputs: one of each, primes, the item size and its neighbours, a long sum.
-SHAPES = [(1, 1, 1), (7, 13, 5), (83, 40, 67), (85, 64, 128), (170, 96, 33), (30, 1100, 40)]
+# rows, inputs, outputs: one of each, none, primes, the item size and its neighbours, a long sum.
+SHAPES = [
+    (1, 1, 1),
+    (5, 0, 40),
+    (7, 13, 5),
+    (83, 40, 67),
+    (85, 64, 128),
+    (170, 96, 33),
+    (30, 1100, 40),
+]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Large enough that leaving it out shows.
 EPS = 1e-2

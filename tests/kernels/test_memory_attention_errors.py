@@ -21,6 +21,7 @@ SHAPE_ERRORS = {
     "v: expected shape [2, 2, 70, 64], got [2, 2, 69, 64]": replaced("v", lambda v: v[:, :, 1:]),
     "k: expected dtype float32, got bfloat16": replaced("k", lambda k: k.bfloat16()),
     "k: expected a head count that divides q's, got 2": replaced("q", lambda q: q[:, :7]),
+    "q: expected at least one head, got 0": replaced("q", lambda q: q[:, :0]),
     "query_stride: expected 0 <= value": lambda inputs: inputs | {"query_stride": -1},
     "kv: expected shape [*, *, 2, 2, *, 64]": replaced("kv", lambda kv: kv[:, :, :1]),
     "layer: expected 0 <= value <= 2, got 3": lambda inputs: inputs | {"layer": 3},
@@ -56,6 +57,9 @@ VALUE_ERRORS = {
     "page_table: expected 0 <= value <= 3, got 4": set_first("page_table", 4),
     "page_len: expected 0 <= value <= 64, got 65": set_first("page_len", 65),
     "page_base: expected 0 <= value <= 4032, got 4033": set_first("page_base", 4033),
+    "page_base: expected 0 <= value <= -64": lambda inputs: (
+        inputs | {name: inputs[name][:0] for name in ("cos", "sin")}
+    ),
 }
 
 
