@@ -18,6 +18,9 @@ from lychee.errors import InputError
 from lychee.trace import Answer
 
 FORMAT, VERSION = "lychee-trace", 1
+TRACE_MARK, PAGE_MARK = f'{{"format": "{FORMAT}"', '<meta name="generator" content="lychee trace">'
+# Marks of both kinds stand in the first bytes.
+MARKED_BYTES = 512
 # Far above any text that was ever read; it bounds what a broken file can ask for.
 MOST_CHUNKS = 100_000_000
 
@@ -49,16 +52,32 @@ def trace_of(answers: Sequence[Answer], made_with: dict[str, Any]) -> dict[str, 
     return {"format": FORMAT, "version": VERSION, "made_with": made_with, "answers": plain}
 
 
-def check_writable(path: Path) -> None:
-    """Refuse, before any work, a place where no file can be written."""
+def check_writable(path: Path, mark: str, kind: str) -> None:
+    """Refuse, before any work, a place where no file can be written, or one that holds another.
+
+    Only a file that has `mark` near its start is replaced: one of the same `kind`, made before.
+    """
     if path.is_dir():
         raise InputError(f"{path}: expected a file to write, got a folder")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: expected an ordinary file to write, got another")
+    folder = path.resolve().parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise InputError(f"{path}: expected a file in a folder that can be written to")
+    try:
+        with open(path, "rb") as file:
+            start = file.read(MARKED_BYTES)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise InputError(f"{path}: expected a writable file, got: {error.strerror}") from error
+    if start and mark.encode() not in start:
+        raise InputError(f"{path}: expected a new file or {kind}, got another", "name a new file")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a whole file or leave the one that is there."""
+    """Write a whole file or leave the one that is there; a link's target is written."""
+    path = path.resolve()
     part = path.with_name(f"{path.name}.part")
     try:
         part.write_bytes(text.encode("utf-8", errors="replace"))

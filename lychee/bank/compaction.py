@@ -11,7 +11,7 @@ import torch
 from lychee.bank.folder import BankWriter, segment_path
 from lychee.bank.manifest import DocumentRecord, Manifest, TextPlace
 from lychee.bank.pieces import pages_of_chunk
-from lychee.bank.segments import ADVICE, Segment
+from lychee.bank.segments import ADVICE, Segment, hash_file
 from lychee.errors import BankError
 
 
@@ -54,8 +54,12 @@ def rewrite(writer: BankWriter, manifest: Manifest, sha256: str, use: Use):
     path = segment_path(writer.path, sha256)
     try:
         source = Segment.map(path, layout, manifest.segments[sha256])
+        found = hash_file(path, lambda _: None)
     except FileNotFoundError as error:
         raise BankError(f"{path}: expected a segment of the bank, got none", ADVICE) from error
+    if found != sha256:
+        # copied, the damage would get a hash that fits it
+        raise BankError(f"{path}: expected content of SHA-256 {sha256}, got {found}", ADVICE)
     pages = sorted(use.pages)
     use.page_places = {page: place for place, page in enumerate(pages)}
     text = bytearray()

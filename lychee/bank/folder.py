@@ -17,7 +17,7 @@ from pathlib import Path
 from torch import Tensor
 
 from lychee.bank.lock import WriterLock
-from lychee.bank.manifest import Manifest, SegmentRecord, parse_manifest
+from lychee.bank.manifest import FORMAT, Manifest, SegmentRecord, parse_manifest
 from lychee.bank.pages import PageLayout
 from lychee.bank.segments import Segment, announce, write_segment
 from lychee.errors import BankError
@@ -31,8 +31,13 @@ MOST_MANIFEST_BYTES = 1 << 30
 
 
 def is_bank(path: str | Path) -> bool:
-    """Whether a path is a bank's folder."""
-    return (Path(path) / MANIFEST).is_file()
+    """Whether a path is a bank's folder, damaged or not; other folders have manifests, too."""
+    manifest = Path(path) / MANIFEST
+    if not manifest.is_file() or (Path(path) / SEGMENTS).is_dir():
+        return manifest.is_file()
+    with suppress(OSError), open(manifest, "rb") as file:
+        return FORMAT.encode() in file.read(256)
+    return False
 
 
 def read_manifest(path: Path) -> Manifest:

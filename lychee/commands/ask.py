@@ -91,12 +91,12 @@ def ask(
     check_bank_dtype(bank_dtype)
     from lychee.generate import Sampling
     from lychee.reading import ReadingOptions
-    from lychee.trace_file import check_writable, trace_of, write_text
+    from lychee.trace_file import TRACE_MARK, check_writable, trace_of, write_text
 
     sampling = Sampling(temperature, top_k, top_p, seed)
     reading = ReadingOptions(not no_gate, gate_threshold, passes, together)
     if trace is not None:
-        check_writable(trace)
+        check_writable(trace, TRACE_MARK, "a trace")
     memory_model, bank, seconds = prepare(
         sources, questions, model, ratio, max_new_tokens, dtype, bank_dtype, tier
     )
@@ -234,6 +234,7 @@ def print_answers(answers: list, seconds: dict[str, float]) -> None:
                 quote = excerpt(source.quote, answer.text)
                 print(f"  notes changed at {where}{quote}", file=sys.stderr)
     usage = answers[0].usage
+    read = {step.chunk for answer in answers for step in answer.trace if step.read}
     tokens = f"{usage.text_tokens:,} tokens"
     made = (
         f"{tokens} remembered in {seconds['build_seconds']:.1f} s as"
@@ -241,7 +242,7 @@ def print_answers(answers: list, seconds: dict[str, float]) -> None:
         else f"{tokens} in the bank, opened in {seconds['open_seconds']:.2f} s, as"
     )
     print(
-        f"  {made} {usage.memory_tokens:,} memory tokens; {usage.chunks_read} of {usage.chunks} "
+        f"  {made} {usage.memory_tokens:,} memory tokens; {len(read)} of {usage.chunks} "
         f"chunks read in {usage.read_seconds:.1f} s, answered in {usage.answer_seconds:.1f} s",
         file=sys.stderr,
     )

@@ -21,11 +21,11 @@ def trace(
     as_json: AsJson = False,
 ) -> None:
     """Show which chunks were read for an answer, in what order, and how the notes changed."""
-    from lychee.trace_file import check_writable, read_trace, write_text
+    from lychee.trace_file import PAGE_MARK, check_writable, read_trace, write_text
     from lychee.trace_page import make_page
 
     if html is not None:
-        check_writable(html)
+        check_writable(html, PAGE_MARK, "a page of lychee trace")
     found = read_trace(file)
     if html is not None:
         write_text(html, make_page(found))

@@ -202,6 +202,27 @@ def test_trace_that_cannot_be_written(refuse, bank, tmp_path, options):
     assert refuse(*asked, missing).startswith(f"{missing}: expected a file in a folder")
 
 
+def test_trace_and_page_replace_nothing_else(refuse, bank, text_file, tmp_path, options, invoke):
+    before = text_file.read_bytes()
+    asked = ("ask", text_file, *QUESTION, *options, "--trace")
+    line = refuse(*asked, text_file)
+    assert line == f"{text_file}: expected a new file or a trace, got another; name a new file"
+    os.mkfifo(tmp_path / "fifo")
+    line = refuse(*asked, tmp_path / "fifo")
+    assert line == f"{tmp_path / 'fifo'}: expected an ordinary file to write, got another"
+    trace, link = tmp_path / "t.json", tmp_path / "link.json"
+    link.symlink_to(trace)
+    for _ in range(2):
+        assert invoke(*asked, link).status == 0
+    assert link.is_symlink()
+    kept = trace.read_bytes()
+    line = refuse("trace", trace, "--html", trace)
+    assert line.startswith(f"{trace}: expected a new file or a page of lychee trace, got another")
+    for _ in range(2):
+        assert invoke("trace", trace, "--html", tmp_path / "t.html").status == 0
+    assert (text_file.read_bytes(), trace.read_bytes()) == (before, kept)
+
+
 def test_trace_that_is_none(refuse, tmp_path, text_file):
     missing = tmp_path / "t.json"
     line = refuse("trace", missing)

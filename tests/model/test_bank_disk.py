@@ -155,6 +155,32 @@ def test_add_replace_remove(tiny_model, prose, tmp_path):
     assert bank.documents[0].text == c.text and bank.describe()["unfinished"] is None
 
 
+def test_damaged_pages_are_not_copied_into_a_sound_segment(tiny_model, prose, tmp_path):
+    a, b, c = documents_of(prose, 0, 1, 2)
+    build_bank(tiny_model, tmp_path, [a, b])
+    (segment,) = tmp_path.glob("segments/*")
+    data = bytearray(segment.read_bytes())
+    data[len(data) // 3] ^= 1
+    segment.chmod(0o644)
+    segment.write_bytes(data)
+    bank = MemoryBank.open(tmp_path, model=tiny_model)
+    for change in (lambda: bank.remove(b.name), lambda: bank.add([Document(b.name, c.text)])):
+        with pytest.raises(BankError, match=f"{segment.name}: expected content of SHA-256"):
+            change()
+        assert "expected content of SHA-256" in verify_bank(tmp_path)[0]
+        assert segment.read_bytes() == data
+
+
+def test_a_folder_with_another_manifest_is_no_bank(tmp_path):
+    (tmp_path / "manifest.json").write_text('{"name": "my app"}')
+    assert not is_bank(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"format": "lychee-bank", "version":')
+    assert is_bank(tmp_path)
+    (tmp_path / "manifest.json").write_text("damaged")
+    (tmp_path / "segments").mkdir()
+    assert is_bank(tmp_path)
+
+
 def test_equal_texts_share_a_segment(tiny_model, prose, tmp_path, short_runs):
     text = prose(60)
     twins = [Document("one", text), Document("other", text)]
