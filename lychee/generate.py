@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from lychee.allocator import return_freed_memory
 from lychee.decoder import Decoder, KVCache, Pages
-from lychee.errors import InputError
+from lychee.errors import CheckpointError, InputError
 
 
 @dataclass(frozen=True)
@@ -168,10 +169,15 @@ def generate(
     for step in range(1, max_new_tokens + 1):
         logits = decoder.logits(hidden)
         if sampling.greedy:
-            chosen = logits.argmax(dim=-1)
+            largest, chosen = logits.max(dim=-1)
         else:
-            weights = probabilities(logits, sampling)
+            largest, weights = logits.amax(dim=-1), probabilities(logits, sampling)
             chosen = torch.multinomial(weights, 1, generator=generator)[:, 0]
+        if not all(map(math.isfinite, largest.tolist())):
+            raise CheckpointError(
+                f"logits: expected finite numbers, got others at token {step} of a turn",
+                "choose the dtype float32, or another model",
+            )
         for row, token in enumerate(chosen.tolist()):
             if row not in live:
                 continue

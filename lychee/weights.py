@@ -253,6 +253,12 @@ def read_tensors(
                 )
         for name in shapes:
             tensors[name] = file.get_tensor(name).to(device, dtype)
+            if tensors[name].numel() and not torch.stack(tensors[name].aminmax()).isfinite().all():
+                got = f"others as {str(dtype).removeprefix('torch.')}"
+                raise CheckpointError(
+                    f"{path}: {name}: expected finite numbers, got {got}",
+                    "choose another dtype or model",
+                )
     return tensors
 
 

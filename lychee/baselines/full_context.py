@@ -116,6 +116,18 @@ class FullContext:
         (_, self.before_text), question = prompt.sections
         self.after_text = PromptTemplate([question], prompt.tail)
 
+    def check_length(self, tokens: int) -> None:
+        """InputError if a text of so many tokens is longer than the model's positions allow."""
+        memory = self.model.memory
+        positions = self.model.decoder.config.max_position_embeddings
+        room = positions - len(self.before_text) - len(self.after_text)
+        room -= memory.question + memory.answer
+        if tokens > room:
+            raise InputError(
+                f"text: expected at most {room} tokens, which leave room for prompt, question and "
+                f"answer in the model's {positions} positions, got {tokens}"
+            )
+
     @torch.inference_mode()
     def read(self, text: Sequence[int]) -> TextCache:
         """Keys and values of a text's ids and of what the prompt has before it.
@@ -123,15 +135,8 @@ class FullContext:
         Raises:
             InputError: text, question and answer would be longer than the model's positions.
         """
-        decoder, memory = self.model.decoder, self.model.memory
-        positions = decoder.config.max_position_embeddings
-        room = positions - len(self.before_text) - len(self.after_text)
-        room -= memory.question + memory.answer
-        if len(text) > room:
-            raise InputError(
-                f"text: expected at most {room} tokens, which leave room for prompt, question and "
-                f"answer in the model's {positions} positions, got {len(text)}"
-            )
+        decoder = self.model.decoder
+        self.check_length(len(text))
         ids = torch.tensor([*self.before_text, *text], device=decoder.device)[None]
         cache = TextCache(decoder, ids.shape[1])
         step = prefill_step(decoder.device, 1)

@@ -20,19 +20,38 @@ from lychee.progress import ProgressDisplay
 
 MOST_TOKENS = 16_777_216
 WHOLE = "all"
+OPTIONS_OF_OURS = ("ratio", "bank-dtype", "gate-threshold", "no-gate", "compare-gate")
+OPTIONS_OF_OURS += ("passes", "together")
+
+
+def once_each(values: list | None) -> list | None:
+    """A repeated value would only repeat rows."""
+    return values and list(dict.fromkeys(values))
+
 
 Lengths = Annotated[
     list[int] | None,
     typer.Option(
-        "--length", min=64, max=MOST_TOKENS, metavar="N", help="Tokens per text; repeatable."
+        "--length",
+        min=64,
+        max=MOST_TOKENS,
+        metavar="N",
+        callback=once_each,
+        help="Tokens per text; repeatable.",
     ),
 ]
 Ratios = Annotated[
-    list[int] | None, typer.Option("--ratio", metavar="N", help="Of ours; repeatable.")
+    list[int] | None,
+    typer.Option("--ratio", metavar="N", callback=once_each, help="Of ours; repeatable."),
 ]
 Methods = Annotated[
     list[str] | None,
-    typer.Option("--method", metavar="NAME", help="ours, memagent, full_context; repeatable."),
+    typer.Option(
+        "--method",
+        metavar="NAME",
+        callback=once_each,
+        help="ours, memagent, full_context; repeatable.",
+    ),
 ]
 
 
@@ -70,11 +89,14 @@ def evaluate(
     method: Methods = None,
     ratio: Ratios = None,
     bank_dtype: Annotated[
-        list[str] | None, typer.Option(metavar="TYPE", help="Of the bank: int8; repeatable.")
+        list[str] | None,
+        typer.Option(metavar="TYPE", callback=once_each, help="Of the bank: int8; repeatable."),
     ] = None,
     gate_threshold: Annotated[
         list[float] | None,
-        typer.Option(min=0, max=1, metavar="P", help="Else the model's; repeatable."),
+        typer.Option(
+            min=0, max=1, metavar="P", callback=once_each, help="Else the model's; repeatable."
+        ),
     ] = None,
     no_gate: Annotated[
         bool, typer.Option("--no-gate", help="Read every chunk; beside thresholds, as well.")
@@ -84,14 +106,20 @@ def evaluate(
     ] = False,
     notes: Annotated[
         list[int] | None,
-        typer.Option(min=1, metavar="N", help="Tokens of working memory at most; repeatable."),
+        typer.Option(
+            min=1,
+            metavar="N",
+            callback=once_each,
+            help="Tokens of working memory at most; repeatable.",
+        ),
     ] = None,
     passes: Annotated[int | None, typer.Option(min=1, help="Times to go over a bank.")] = None,
     together: Annotated[
         int | None, typer.Option(min=1, help="Chunks that one reading turn takes at most.")
     ] = None,
     metric: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Else the task's; repeatable.")
+        list[str] | None,
+        typer.Option(metavar="NAME", callback=once_each, help="Else the task's; repeatable."),
     ] = None,
     model: Model = None,
     dtype: Dtype = "auto",
@@ -119,6 +147,7 @@ def evaluate(
         raise InputError(f"split: expected one of {', '.join(splits)}, got {split!r}")
     names, methods = tasks.task_names(task), method or ["ours"]
     check_methods(methods)
+    check_used(methods, ratio, bank_dtype, gate_threshold, no_gate, compare_gate, passes, together)
     metrics.check_metrics(metric or [])
     files, difficulty = tuple(dict.fromkeys(files or ())), parse_settings(settings or [])
     request = tasks.Request(files, questions, seed, None if split == WHOLE else split, difficulty)
@@ -132,6 +161,7 @@ def evaluate(
     loaded = load(runs[0].ratio)
     harness.check_settings(runs, loaded)
     cells = tasks.task_cells(names, length, request, loaded.tokenizer)
+    harness.check_cells(cells, runs, loaded)
     shared = {
         "model": harness.fingerprint(model),
         "dtype": dtype_name(loaded),
@@ -160,6 +190,15 @@ def evaluate(
         drawing.draw_all(found, out)
     if as_json:
         print(json.dumps(about | {"cells": found}))
+
+
+def check_used(methods: list[str], *values: Any) -> None:
+    """Raise InputError for an option of ours that has a value where ours is not asked."""
+    for name, value in zip(OPTIONS_OF_OURS, values, strict=True):
+        if value and "ours" not in methods:
+            raise InputError(
+                f"--{name}: expected with --method ours, got it with {', '.join(methods)}"
+            )
 
 
 def describe(settings: dict[str, Any], remarks: list[str]) -> dict[str, Any]:
@@ -203,6 +242,8 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
         name, equals, value = pair.partition("=")
         if not equals or not name or not value:
             raise InputError(f"--set: expected NAME=VALUE, got {pair!r}")
+        if name in found:
+            raise InputError(f"--set: {name}: expected one value, got several")
         try:
             found[name] = json.loads(value)
         except ValueError:

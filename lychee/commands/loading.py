@@ -67,7 +67,16 @@ def load_model(
     if not model.trained:
         warning = f"lychee: warning: {folder}: has no trained memory; its answers mean little"
         print(warning, file=sys.stderr, flush=True)
-    return model if max_new_tokens is None else model.limited(answer=max_new_tokens)
+    if max_new_tokens is None:
+        return model
+    positions, memory = model.decoder.config.max_position_embeddings, model.memory
+    room = positions - len(model.reasoner.prompts.answer) - memory.question - memory.size
+    if max_new_tokens > room:
+        raise InputError(
+            f"max-new-tokens: expected at most {room}, which leave room for prompt, question and "
+            f"notes in the model's {positions} positions, got {max_new_tokens}"
+        )
+    return model.limited(answer=max_new_tokens)
 
 
 def dtype_name(model) -> str:

@@ -7,10 +7,11 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby, product
+from itertools import chain, groupby, product
 from pathlib import Path
 from typing import Any
 
+from lychee.baselines.full_context import FullContext
 from lychee.baselines.memagent import SECTION_TOKENS, MemAgent
 from lychee.data.task import TaskSample
 from lychee.errors import InputError, LycheeError
@@ -98,6 +99,24 @@ def check_settings(settings: Sequence[Setting], model: LycheeMemory) -> None:
     """Raise a LycheeError for the first setting that the model cannot answer with."""
     for setting in settings:
         setting.check(model)
+
+
+def check_cells(
+    cells: Sequence[TaskCell], settings: Sequence[Setting], model: LycheeMemory
+) -> None:
+    """Raise an InputError for what would be refused only when others have been answered."""
+    for cell in cells:
+        for sample in chain(*cell.texts()) if cell.length is None else ():
+            try:
+                model.encode_question(sample.question)
+            except LycheeError as error:
+                raise InputError(f"{sample.details.get('place', cell.task)}: {error}") from error
+    if any(setting.method == "full_context" for setting in settings):
+        longest = max((cell.length or 0 for cell in cells), default=0)
+        try:
+            FullContext(model).check_length(longest)
+        except InputError as error:
+            raise InputError(f"{longest} tokens: full_context: {error}") from error
 
 
 def remarks(settings: Sequence[Setting], model: LycheeMemory) -> list[str]:

@@ -14,6 +14,7 @@ from lychee.errors import InputError
 RUN, RECORDS = "run.json", "records.jsonl"
 # What a record belongs to.
 CELL = ("task", "source", "length", "method", "ratio", "bank_dtype", "gate", "notes")
+NEEDED = {*CELL, "text", "questions"}
 
 Record = dict[str, Any]
 CellKey = tuple[Any, ...]
@@ -27,7 +28,8 @@ class RecordFile:
     """Records by cell and text, kept in `folder` where there is one.
 
     Args:
-        folder: made if it is missing; None keeps everything in memory.
+        folder: made if it is missing; None keeps everything in memory. One that holds anything
+            but a run is refused.
         settings: what all records have in common; a folder of a run with others is refused.
     """
 
@@ -43,6 +45,12 @@ class RecordFile:
 
     def _check_settings(self, path: Path, settings: dict[str, Any]) -> None:
         if not path.exists():
+            if found := sorted(entry.name for entry in os.scandir(path.parent)):
+                raise InputError(
+                    f"{path.parent}: expected a new or empty folder, or one with {RUN}, got one "
+                    f"with {found[0]}",
+                    "name another folder for the results",
+                )
             replace_file(path, json.dumps(settings, indent=1) + "\n")
             return
         try:
@@ -69,8 +77,10 @@ class RecordFile:
         for number, line in enumerate(lines, 1):
             try:
                 record = json.loads(line)
+                if isinstance(record, dict) and (lacking := NEEDED - record.keys()):
+                    raise ValueError(f"one without {min(lacking)}")
                 self._keep([record])
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, TypeError) as error:
                 raise InputError(
                     f"{path}: line {number}: expected a record, got: {error}"
                 ) from error

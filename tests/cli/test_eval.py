@@ -68,6 +68,31 @@ def test_gates_and_sizes_of_notes_beside_each_other(evaluate, book_file):
     assert found == [("auto", 2), ("auto", 20), ("off", 2), ("off", 20)]
 
 
+def test_repeated_values_are_one(evaluate, book_file):
+    twice = ("--ratio", 4, "--ratio", 4, "--metric", "f1", "--metric", "f1", "--length", 256)
+    done = evaluate("needles", book_file, *SMALL, *twice, "--json")
+    assert done.returncode == 0, done.err
+    (cell,) = json.loads(done.out)["cells"]
+    assert list(cell["metrics"]) == ["f1"]
+
+
+def test_a_long_question_stops_a_file_before_its_first_record(evaluate, text, tmp_path):
+    path, out = tmp_path / "own.jsonl", tmp_path / "out"
+    record = {"context": text[:500], "question": "what", "answers": ["nothing"]}
+    long = record | {"question": "what " * 3000}
+    path.write_text(f"{json.dumps(record)}\n{json.dumps(long)}\n")
+    done = evaluate("own", path, "--out", out)
+    assert done.returncode == 2 and "line 2: question: expected at most" in done.err
+    assert done.out == "" and not out.exists()
+
+
+def test_texts_beyond_the_positions_are_refused_before_shorter_ones_are_read(evaluate, book_file):
+    methods = ("--method", "ours", "--method", "full_context")
+    done = evaluate("needles", book_file, *SMALL, *methods, "--length", 65536)
+    assert done.returncode == 2 and done.out == ""
+    assert "65536 tokens: full_context: text: expected at most " in done.err
+
+
 def test_dtype_of_the_weights(evaluate, book_file, tmp_path):
     """Results say it, and a folder of records keeps to one."""
     call = ("needles", book_file, *SMALL, "--json", "--out", tmp_path / "results")
@@ -153,6 +178,8 @@ def test_memagents_shorter_sections_are_said(run):
         (("vt", "--metric", "bleu"), "metric: expected one of exact_match, "),
         (("vt", "--method", "magic"), "method: expected one of ours, "),
         (("vt", "--set", "hops"), "--set: expected NAME=VALUE, got 'hops'"),
+        (("vt", "--set", "hops=2", "--set", "hops=3"), "--set: hops: expected one value"),
+        (("vt", "--method", "memagent", "--passes", "2"), "--passes: expected with --method ours"),
         (("vt", "--set", "keys=2"), "vt: expected settings of haystack, chains, hops, shuffled"),
         (("needles", "--set", "keyz=3"), "needles: expected no settings, got keyz"),
         (

@@ -178,6 +178,9 @@ def test_other_settings_and_broken_records_are_refused(cells, tiny_model, tmp_pa
     path.write_text("\n".join([lines[0], "{", *lines[1:], ""]))
     with pytest.raises(InputError, match=r"records\.jsonl: line 2: expected a record"):
         RecordFile(tmp_path, SHARED)
+    path.write_text('{"a": 1}\n')
+    with pytest.raises(InputError, match="line 1: expected a record, got: one without bank_dtype"):
+        RecordFile(tmp_path, SHARED)
     path.write_bytes(b"\xff\xfe\n")
     with pytest.raises(InputError, match=r"records\.jsonl: line 1: expected a record"):
         RecordFile(tmp_path, SHARED)

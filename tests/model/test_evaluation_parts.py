@@ -9,6 +9,7 @@ from lychee.errors import InputError
 from lychee.eval import methods
 from lychee.eval.harness import fingerprint
 from lychee.eval.methods import PeakMemory, make_method
+from lychee.eval.records import RecordFile
 from lychee.eval.tasks import Request, task_cells, task_names
 
 
@@ -86,3 +87,10 @@ def test_peak_memory_sees_what_was_used_and_freed(tiny_model):
     if small.bytes is None:
         pytest.skip("this system does not measure a process's peak")
     assert small.bytes < 16 << 20 and 90 << 20 < large.bytes < 130 << 20
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "table.md").write_text("mine")
+    with pytest.raises(InputError, match="expected a new or empty folder.* got one with table.md"):
+        RecordFile(tmp_path, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["table.md"]

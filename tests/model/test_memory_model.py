@@ -7,7 +7,7 @@ import torch
 from lychee import Answer, LycheeMemory, Step
 from lychee.bank import PAGE_TOKENS
 from lychee.chunking import cut_chunks
-from lychee.errors import BankMismatchError, InputError, LycheeError
+from lychee.errors import BankMismatchError, CheckpointError, InputError, LycheeError
 from lychee.trace import tells, words
 
 
@@ -196,3 +196,17 @@ def test_bad_options(tiny_model, tmp_path, options, message):
     tiny_model.save_pretrained(tmp_path)
     with pytest.raises(LycheeError, match=message):
         LycheeMemory.from_pretrained(tmp_path, **options)
+
+
+def test_logits_that_are_not_finite_stop_the_answer(tiny_model, prose):
+    """As of half-precision weights that overflow; an empty answer would hide it."""
+    bank = tiny_model.remember(prose(60))
+    norm = tiny_model.decoder.model.norm.weight
+    kept = norm.detach().clone()
+    with torch.no_grad():
+        norm.fill_(float("nan"))
+        try:
+            with pytest.raises(CheckpointError, match="logits: expected finite numbers"):
+                tiny_model.ask(bank, "who")
+        finally:
+            norm.copy_(kept)

@@ -74,7 +74,17 @@ def index_change(index):
     return change
 
 
+def spoil(value):
+    def change(tensors):
+        name = min(name for name in tensors if name.endswith("q_proj.weight"))
+        tensors[name][0, 0] = value
+
+    return lambda folder: rewrite(folder, change)
+
+
 BROKEN = {
+    "not a number": (spoil(float("nan")), r"q_proj\.weight: expected finite numbers, got others"),
+    "infinity": (spoil(float("inf")), r"q_proj\.weight: expected finite numbers, got others"),
     "no config": (delete("config.json"), r"expected a config\.json, got none"),
     "config is not JSON": (
         config_text('{"hidden'),
