@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from lychee.errors import LycheeError
+from lychee.errors import InputError, LycheeError
 
 FAILED, MISTAKEN, INTERRUPTED = 1, 2, 130
 
@@ -54,6 +54,7 @@ def run_command() -> int:
         if getattr(sys, stream) is None:  # closed by whoever started the command
             setattr(sys, stream, open(os.devnull, "w", encoding="utf-8"))
         getattr(sys, stream).reconfigure(errors="backslashreplace")
+    refuse_nothing(sys.argv[1:])
     try:
         status = commands.app(prog_name="lychee", standalone_mode=False)
     except commands.Aborted:
@@ -61,9 +62,27 @@ def run_command() -> int:
     except commands.UsageProblem as error:
         command = error.ctx.command_path if error.ctx else "lychee"
         message = " ".join(error.format_message().split()).rstrip(".")
-        return refuse(f"{message}; see '{command} --help'")
+        return refuse(f"{message}{value_of(error)}; see '{command} --help'")
     sys.stdout.flush()
     return status if isinstance(status, int) else 0
+
+
+def refuse_nothing(arguments: list[str]) -> None:
+    """Refuse an empty argument, which as a path would be the folder at hand."""
+    for place, (before, argument) in enumerate(zip([""] + arguments, arguments, strict=False), 1):
+        if argument == "" and before not in ("-q", "--question"):
+            raise InputError(f"argument {place}: expected a value, got nothing")
+        if argument.startswith("--") and argument.endswith("=") and argument != "--question=":
+            raise InputError(f"{argument[:-1]}: expected a value, got nothing")
+
+
+def value_of(error: Exception) -> str:
+    """What a wrong option was given, where the message of the parser leaves it out."""
+    for name in getattr(getattr(error, "param", None), "opts", ()):
+        if name in sys.argv[:-1]:
+            got = sys.argv[sys.argv.index(name) + 1]
+            return "" if repr(got) in str(error) else f", got {got!r}"
+    return ""
 
 
 @contextmanager

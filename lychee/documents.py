@@ -41,6 +41,8 @@ def read_documents(source: str | Path | Sequence[str | Path | Document]) -> list
         documents = [Document("text", source)]
     else:
         paths = [source] if isinstance(source, Path) else list(source)
+        if (count := sum(str(path) == STANDARD_INPUT for path in paths)) > 1:
+            raise InputError(f"-: expected standard input once, got it {count} times")
         documents = [document for path in paths for document in read_path(path)]
     if not documents:
         raise InputError("documents: expected at least one, got none")

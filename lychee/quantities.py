@@ -15,6 +15,11 @@ def as_size(size: float) -> str:
     return f"{size:,.{0 if index == 0 or size >= 100 else 1}f} {UNITS[index]}"
 
 
+def counted(count: int, thing: str) -> str:
+    """A count and what it counts: "1 chunk", "2,000 chunks"."""
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
+
+
 def as_duration(seconds: float) -> str:
     """Seconds in the units that matter: "4.2 s", "3 min 20 s", "2 h 5 min"."""
     if seconds < 60:

@@ -24,7 +24,7 @@ namespace lychee {
 // Runs on any processor, so it stands before the target below.
 bool may_use_amx() {
   constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;  // CPUID leaf 7, EDX
-  constexpr unsigned kAvx512Bf16 = 1u << 5;  // leaf 7.1, EAX
+  constexpr unsigned kAvx512Bf16 = 1u << 5;               // leaf 7.1, EAX
   constexpr int kAskPermission = 0x1023, kTileData = 18;  // arch_prctl(ARCH_REQ_XCOMP_PERM, ...)
   unsigned a, b, c, d;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kBf16) == 0 || (d & kTile) == 0)

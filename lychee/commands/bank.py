@@ -20,7 +20,7 @@ from lychee.commands.loading import (
 )
 from lychee.errors import BankError, InputError
 from lychee.progress import ProgressDisplay
-from lychee.quantities import as_duration, as_size
+from lychee.quantities import as_duration, as_size, counted
 
 FAILED = 1
 MOST_LISTED = 1000
@@ -126,7 +126,7 @@ def info(bank: Bank, as_json: AsJson = False) -> None:
     print(
         f"  made by {model['name']} ({str(model['fingerprint'])[:12]}); ratio {details['ratio']}, "
         f"window {details['window']}, chunk {details['chunk']}; {details['dtype']} in "
-        f"{details['segments']} segments, {as_size(details['file_bytes'])} on disk"
+        f"{counted(details['segments'], 'segment')}, {as_size(details['file_bytes'])} on disk"
     )
     if details["unfinished"]:
         print(f"  interrupted within {details['unfinished']}: go on with 'lychee build --resume'")
@@ -135,7 +135,7 @@ def info(bank: Bank, as_json: AsJson = False) -> None:
     for document in documents[:MOST_LISTED]:
         print(
             f"  {document['name']:{min(width, 60)}}  {document['tokens']:>11,} tokens  "
-            f"{document['chunks']:>7,} chunk{'' if document['chunks'] == 1 else 's'}"
+            f"{counted(document['chunks'], 'chunk'):>14}"
         )
     if len(documents) > MOST_LISTED:
         print(f"  and {len(documents) - MOST_LISTED:,} more; --json lists all")
@@ -201,9 +201,10 @@ def summary(details: dict[str, Any]) -> dict[str, Any]:
 def as_line(details: dict[str, Any]) -> str:
     count = len(details["documents"])
     return (
-        f"{details['path']}: {count:,} document{'' if count == 1 else 's'}, "
-        f"{details['tokens']:,} tokens as {details['memory_tokens']:,} memory tokens in "
-        f"{details['chunks']:,} chunks, {as_size(details['memory_bytes'])}"
+        f"{details['path']}: {counted(count, 'document')}, "
+        f"{counted(details['tokens'], 'token')} as "
+        f"{counted(details['memory_tokens'], 'memory token')} in "
+        f"{counted(details['chunks'], 'chunk')}, {as_size(details['memory_bytes'])}"
     )
 
 

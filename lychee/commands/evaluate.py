@@ -186,8 +186,8 @@ def evaluate(
                 print(table.row(cell), flush=True)
             if out is not None:
                 write_results(out, about, table, found)
-    if plots:
-        drawing.draw_all(found, out)
+    if plots and not drawing.draw_all(found, out):
+        print("no plots: they need two lengths, or two ratios, at least", file=sys.stderr)
     if as_json:
         print(json.dumps(about | {"cells": found}))
 

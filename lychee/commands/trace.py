@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from lychee.commands.apps import AsJson, app
+from lychee.quantities import counted
 
 
 @app.command()
@@ -60,7 +61,7 @@ def outline(answer: dict[str, Any]) -> dict[str, Any]:
 def print_outline(answer: dict[str, Any]) -> None:
     print(answer["question"])
     print(f"  {answer['text']}")
-    print(f"  {answer['readings']:,} readings in {answer['chunks']:,} chunks")
+    print(f"  {counted(answer['readings'], 'reading')} in {counted(answer['chunks'], 'chunk')}")
     for change in answer["changes"]:
         score = "" if change["score"] is None else f", gate {change['score']:.3f}"
         print(

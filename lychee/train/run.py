@@ -35,6 +35,7 @@ from lychee.train.optimizers import make_optimizers
 from lychee.train.processes import Processes, to_device
 from lychee.train.recipe import Recipe
 from lychee.train.start import (
+    check_folder,
     fingerprint,
     frozen_fingerprint,
     identity,
@@ -283,11 +284,7 @@ class TrainingRun:
         recipe.
         """
         recipe = dataclasses.replace(cls.recipe_type.load(config), **changes)
-        if (folder / "state.pt").exists() and not resume:
-            raise InputError(
-                f"{folder}: expected a folder without a run, got one with a checkpoint",
-                "add --resume, or choose another folder",
-            )
+        check_folder(folder, resume)
         with no_tokenizer_left(folder):
             run = cls(recipe, folder, books=books, start=start, device=device, shard=shard)
         try:

@@ -29,6 +29,20 @@ from lychee.weights import load_decoder, read_config
 FINGERPRINTED = 256
 
 
+def check_folder(folder: Path, resume: bool) -> None:
+    """Refuse, before any work, a folder that a run would spoil."""
+    if (folder / "state.pt").exists() and not resume:
+        raise InputError(
+            f"{folder}: expected a folder without a run, got one with a checkpoint",
+            "add --resume, or choose another folder",
+        )
+    if (folder / "config.json").exists():
+        raise InputError(
+            f"{folder}: expected a folder without a model, got one with config.json",
+            "choose another folder",
+        )
+
+
 def find_files(folder: Path | None, patterns: tuple[str, ...]) -> list[Path]:
     """Files that a recipe names in the folder of books: in its order, each once."""
     if folder is None:

@@ -178,6 +178,23 @@ OPTIONS = {
         ("ask", "x.txt", *QUESTION, "--ratio", "four"),
         "Invalid value for '--ratio': ",
     ),
+    "a seed too small": (
+        ("ask", "x.txt", *QUESTION, "--seed", "-1"),
+        "or equal to 0, got '-1'; see",
+    ),
+    "no path": (("ask", "", *QUESTION), "argument 2: expected a value, got nothing"),
+    "no folder": (
+        ("ask", "x.txt", *QUESTION, "--model="),
+        "--model: expected a value, got nothing",
+    ),
+    "input twice": (
+        ("ask", "-", "-", *QUESTION),
+        "-: expected standard input once, got it 2 times",
+    ),
+    "too many tokens": (
+        ("ask", __file__, *QUESTION, "--max-new-tokens", "6000"),
+        "max-new-tokens: expected at most 3901, which leave room for prompt, question and notes in",
+    ),
     "no new tokens": (
         ("ask", "x.txt", *QUESTION, "--max-new-tokens", "0"),
         "Invalid value for '--max-new-tokens': ",

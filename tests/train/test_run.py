@@ -117,6 +117,16 @@ def test_a_folder_with_a_run_is_not_overwritten(tmp_path, books):
         Pretraining.train(tmp_path / "recipe.toml", tmp_path / "run", books=books)
 
 
+def test_a_folder_with_a_model_is_left_alone(tmp_path, books):
+    saved_run(tmp_path / "run", books)
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="expected a folder without a model, got one with config"):
+        Pretraining.train(tmp_path / "recipe.toml", model, books=books)
+    assert [path.name for path in model.iterdir()] == ["config.json"]
+
+
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path, books):
     run = small_run(tmp_path / "run", books)
     run.save()
