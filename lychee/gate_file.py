@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from lychee.decoder import Decoder
 from lychee.errors import CheckpointError
 from lychee.gate import Gate, GateConfig
-from lychee.weights import CONFIG
+from lychee.weights import CONFIG, check_finite
 
 GATE = "gate.safetensors"
 PREFIX = "lychee_memory_gate_"
@@ -87,6 +87,7 @@ def load_gate(folder: Path, raw: dict[str, Any], decoder: Decoder) -> Gate | Non
                         f"got {list(stored.shape)}"
                     )
                 parameter.data.copy_(stored)
+                check_finite(f"{path}: {name}", parameter.data)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: expected a gate, got: {error}") from error
     return gate.eval().requires_grad_(False)

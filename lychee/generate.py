@@ -171,14 +171,19 @@ def generate(
         if sampling.greedy:
             largest, chosen = logits.max(dim=-1)
         else:
-            largest, weights = logits.amax(dim=-1), probabilities(logits, sampling)
+            largest = logits.amax(dim=-1)
+            # where nothing can be drawn anything may be: the step is refused below
+            odd = ~largest.isfinite()[:, None]
+            weights = probabilities(logits, sampling).masked_fill(odd, 1.0)
             chosen = torch.multinomial(weights, 1, generator=generator)[:, 0]
-        if not all(map(math.isfinite, largest.tolist())):
+        # both at once: a GPU is waited for once a step
+        scores, tokens = torch.stack((largest.double(), chosen.double())).tolist()
+        if not all(map(math.isfinite, scores)):
             raise CheckpointError(
                 f"logits: expected finite numbers, got others at token {step} of a turn",
                 "choose the dtype float32, or another model",
             )
-        for row, token in enumerate(chosen.tolist()):
+        for row, token in enumerate(map(int, tokens)):
             if row not in live:
                 continue
             if token in stop:

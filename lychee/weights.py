@@ -253,13 +253,18 @@ def read_tensors(
                 )
         for name in shapes:
             tensors[name] = file.get_tensor(name).to(device, dtype)
-            if tensors[name].numel() and not torch.stack(tensors[name].aminmax()).isfinite().all():
-                got = f"others as {str(dtype).removeprefix('torch.')}"
-                raise CheckpointError(
-                    f"{path}: {name}: expected finite numbers, got {got}",
-                    "choose another dtype or model",
-                )
+            check_finite(f"{path}: {name}", tensors[name])
     return tensors
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raise CheckpointError for numbers that every answer would be lost in."""
+    if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise CheckpointError(
+            f"{name}: expected finite numbers, got others as {dtype}",
+            "choose another dtype or model",
+        )
 
 
 def start_token(folder: Path, config: ModelConfig, memory: MemoryConfig) -> int:

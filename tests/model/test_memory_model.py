@@ -8,6 +8,7 @@ from lychee import Answer, LycheeMemory, Step
 from lychee.bank import PAGE_TOKENS
 from lychee.chunking import cut_chunks
 from lychee.errors import BankMismatchError, CheckpointError, InputError, LycheeError
+from lychee.generate import Sampling
 from lychee.trace import tells, words
 
 
@@ -206,7 +207,8 @@ def test_logits_that_are_not_finite_stop_the_answer(tiny_model, prose):
     with torch.no_grad():
         norm.fill_(float("nan"))
         try:
-            with pytest.raises(CheckpointError, match="logits: expected finite numbers"):
-                tiny_model.ask(bank, "who")
+            for sampling in (Sampling(), Sampling(1.0)):
+                with pytest.raises(CheckpointError, match="logits: expected finite numbers"):
+                    tiny_model.ask(bank, "who", sampling=sampling)
         finally:
             norm.copy_(kept)
