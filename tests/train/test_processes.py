@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -40,16 +41,19 @@ def arguments(recipe, folder, books, stage="pretrain"):
 
 
 def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    """One below those that systems hand out, which no connection takes before it is listened on."""
+    for port in range(20000 + os.getpid() % 10000, 32768):
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no free port")
 
 
 def start(command, **environment):
     """A process in a session of its own, so that whatever it started can be ended with it."""
     return subprocess.Popen(
         [sys.executable, *command],
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -58,14 +62,22 @@ def start(command, **environment):
 
 
 def finish(*processes):
-    """Wait for processes that must succeed; end what is left of them in any case."""
-    try:
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
-        assert {process.returncode for process in processes} == {0}, outputs
-    finally:
-        for process in processes:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+    """Wait for processes that must succeed; one that fails, or hangs, ends them all."""
+    end = time.monotonic() + 300
+    while time.monotonic() < end and {process.poll() for process in processes} == {None}:
+        time.sleep(0.05)
+    # What is left prints its stacks when it is ended: by the others' failure, or as it hangs.
+    failed = any(process.returncode for process in processes)
+    late = time.monotonic() + (10 if failed else max(10, end - time.monotonic()))
+    while time.monotonic() < late and None in {process.poll() for process in processes}:
+        time.sleep(0.05)
+    hung = [process.pid for process in processes if process.returncode is None]
+    for process in processes:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGABRT)
+    outputs = [process.communicate()[0] for process in processes]
+    found = [process.returncode for process in processes]
+    assert not hung and set(found) == {0}, "\n".join((f"{hung=} {found=}", *outputs))
 
 
 def metrics(folder):
