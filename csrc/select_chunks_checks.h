@@ -56,6 +56,10 @@ inline SelectChunksParams select_params(const Tensor& scores, double threshold, 
   p.scores = scores.const_data_ptr();
   p.score_batch_stride = scores.stride(0), p.score_stride = scores.stride(1);
   set_chunks(&p, scores.size(0), chunk_pages, chunk_tokens, check_device, op);
+  // Positions of tokens are int32.
+  check(p.slots * p.pages_per_chunk <= INT32_MAX / page_tokens, op, "chunk_pages",
+        "at most 2147483647 tokens a row",
+        std::to_string(p.slots * p.pages_per_chunk) + " pages of " + std::to_string(page_tokens));
   return p;
 }
 

@@ -25,7 +25,7 @@ void partition(MemoryAttentionParams* p, const KeyTiles& tiles) {
   if (p->num_blocks > 1) return;
   for (size_t b = 0; b + 1 < tiles.begin.size(); ++b) {
     const int64_t count = tiles.begin[b + 1] - tiles.begin[b];
-    const int64_t splits = (count + kTilesPerSplit - 1) / kTilesPerSplit;
+    const int64_t splits = splits_of(count, p->block_rows);
     p->num_splits = splits > p->num_splits ? splits : p->num_splits;
   }
 }

@@ -13,9 +13,10 @@ constexpr int64_t kTileKeys = 64;
 // Query rows (tokens x heads of one kv head) that share a packed key tile, at most. A multiple of
 // every register block; packing the tiles then costs 1% of the time at D=64.
 constexpr int64_t kBlockRows = 576;
-// Tiles per split when a block of few queries reads many keys. Fixed, so that results depend on
-// neither the batch nor the number of threads.
+// Tiles per split, at least, when a block of few queries reads many keys.
 constexpr int64_t kTilesPerSplit = 16;
+// Rows that the splits of one block leave to be merged, at most: 9 MiB of scratch at D=128.
+constexpr int64_t kSplitRows = 1 << 14;
 // Rows of values and outputs in scratch are padded to whole vectors of any width.
 constexpr int64_t kPadLanes = 16;
 
@@ -60,6 +61,19 @@ struct MemoryAttentionParams {
   void* out;   // [B, num_queries, num_heads, head_dim]
   float* lse;  // [B, num_heads, num_queries]
 };
+
+// Of a block of `rows` that reads `tiles`: they alone decide, so that results depend on neither the
+// batch nor the number of threads.
+static inline int64_t tiles_per_split(int64_t tiles, int64_t rows) {
+  const int64_t splits = kSplitRows / rows;
+  const int64_t fewest = (tiles + splits - 1) / splits;
+  return fewest > kTilesPerSplit ? fewest : kTilesPerSplit;
+}
+
+static inline int64_t splits_of(int64_t tiles, int64_t rows) {
+  const int64_t size = tiles_per_split(tiles, rows);
+  return (tiles + size - 1) / size;
+}
 
 static inline int64_t padded_dim(int64_t head_dim) {
   return (head_dim + kPadLanes - 1) / kPadLanes * kPadLanes;

@@ -151,8 +151,9 @@ inline void tile_range(const MemoryAttentionParams& p, const Block& block, int64
                        int64_t* end) {
   *begin = p.tile_begin[block.batch], *end = p.tile_begin[block.batch + 1];
   if (p.num_splits == 1) return;
-  *begin += block.split * kTilesPerSplit;
-  if (*end > *begin + kTilesPerSplit) *end = *begin + kTilesPerSplit;
+  const int64_t size = tiles_per_split(*end - *begin, p.block_rows);
+  *begin += block.split * size;
+  if (*end > *begin + size) *end = *begin + size;
 }
 
 // Calls fn(tile) for every tile that some row of the block sees.

@@ -39,8 +39,8 @@ def select_chunks(scores, threshold, max_chunks, chunk_pages, chunk_tokens, page
         num_pages, on the device, so there is no schedule to hand over and no wait for the host.
 
     Raises:
-        RuntimeError: shape, dtype, device, or tokens of a selected chunk out of range; message
-            names the argument.
+        RuntimeError: shape, dtype, device, tokens of a selected chunk out of range, or K * n * P
+            beyond the positions of int32; message names the argument.
 
     Numerics: exact. Backward: not defined. Devices: CPU, CUDA. On CUDA token counts are not
         checked but cut to what the chunk's pages hold.
@@ -75,7 +75,14 @@ def _check_inputs(scores, max_chunks, chunk_pages, chunk_tokens, page_tokens):
         sizes = (batch, *tail) if tensor.dim() > len(tail) else tail
         check_shape(_OP, name, tensor, sizes)
         check_dtype(_OP, name, tensor, torch.int32)
-    return batch, min(max_chunks, num_chunks), chunk_pages.shape[-1]
+    slots, pages_per_chunk = min(max_chunks, num_chunks), chunk_pages.shape[-1]
+    # positions of tokens are int32
+    check(
+        slots * pages_per_chunk * page_tokens < 2**31, _OP, "chunk_pages",
+        "at most 2147483647 tokens a row",
+        f"{slots * pages_per_chunk} pages of {page_tokens}",
+    )  # fmt: skip
+    return batch, slots, pages_per_chunk
 
 
 @torch.library.register_fake(f"lychee::{_OP}")

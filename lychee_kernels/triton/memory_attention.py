@@ -216,6 +216,12 @@ def memory_attention_bwd(
     valid, cos, sin, rope_mode, query_stride, softmax_scale, bank_wanted,
 ):  # fmt: skip
     """Gathers the pages, goes through dense scores in float32, and adds up in the pages."""
+    if kv is not None:
+        # pages and positions that the kernel did not follow held nothing
+        outside = (page_table < 0) | (page_table >= kv.shape[0])
+        if rope_mode == ROPE_MODES.index("affine"):
+            outside |= (page_base < 0) | (page_base.long() + page_len > cos.shape[0])
+        page_table, page_len = (x.masked_fill(outside, 0) for x in (page_table, page_len))
     pages = kv, kv_scale, layer, page_table, page_len, page_base, num_pages
     keys, values, visible = all_keys(
         q, k, v, pages, valid, cos, sin, ROPE_MODES[rope_mode], query_stride

@@ -73,3 +73,39 @@ def test_queries_without_keys_have_zero_gradients(differentiable):
         )
     assert (dq[0, :, 0] == 0).all() and dq[1].abs().sum() > 0
     assert all(x.isfinite().all() for x in (dq, *others))
+
+
+@pytest.mark.parametrize("rope_mode", [0, 1])
+def test_triton_follows_no_wrong_page(rope_mode):
+    """Its backward is PyTorch; the forward on a GPU counts such pages as empty."""
+    pytest.importorskip("triton")
+    from lychee_kernels.triton.memory_attention import memory_attention_bwd
+
+    case = dataclasses.replace(BY_NAME["pages"], queries=3, keys=2, rope_mode="affine")
+    q, k, v, options = make_inputs(case)
+    options["kv"].nan_to_num_()
+    tables = [options[name] for name in ("page_table", "page_len", "page_base", "num_pages")]
+    tables[3].fill_(2)
+    tables[0][:, :2], tables[1][:, :2], tables[2][:, :2] = 1, 3, 7
+    tables[1][:, 1] = 0
+    cos, sin = options["cos"], options["sin"]
+    options["rope_mode"] = ("none", "affine")[rope_mode]
+    out, lse = ref.memory_attention(q, k, v, **options)
+    grad = torch.randn(out.shape)
+
+    def backward():
+        return memory_attention_bwd(
+            grad, q, k, v, out, lse, options["kv"], None, options["layer"], *tables, None, cos, sin,
+            rope_mode, 1, case.dim**-0.5, True,
+        )  # fmt: skip
+
+    expected = backward()
+    tables[1][:, 1] = 3
+    for page in (-1, options["kv"].shape[0], 2**31 - 1):
+        tables[0][:, 1] = page
+        assert all(map(torch.equal, backward(), expected))
+    if rope_mode:
+        tables[0][:, 1] = 1
+        for base in (-1, cos.shape[0] - 2, 2**31 - 1):
+            tables[2][:, 1] = base
+            assert all(map(torch.equal, backward(), expected))

@@ -45,6 +45,21 @@ def test_decode_matches_reference(case):
     check_forward(*make_inputs(case))
 
 
+def test_a_block_of_many_rows_shares_its_keys_among_few_splits():
+    """More keys than splits of the least size hold, and a row of the batch with few of them."""
+    case = Case("wide", queries=64, heads=8, kv_heads=1, keys=70, pages=24, page_tokens=2000)
+    q, k, v, options = make_inputs(case)
+    options["kv"].nan_to_num_()
+    options["page_table"].clamp_(min=0)
+    options["page_len"].fill_(2000)
+    options["num_pages"][:] = torch.tensor([24, 1])
+    check_forward(q, k, v, options)
+    tables = {name: options[name][1:] for name in PAGE_NAMES}
+    alone = memory_attention(q[1:], k[1:], v[1:], **options | tables)
+    both = memory_attention(q, k, v, **options)
+    assert all(torch.equal(one[0], two[1]) for one, two in zip(alone, both, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["g4_holes", "g7_int8"])
 def test_decode_matches_reference_in_16_bits(name, dtype):

@@ -19,6 +19,9 @@ SHAPE_ERRORS = {
         "chunk_pages": torch.zeros(2, 3, 2).int()
     },
     "chunk_pages: expected dtype int32, got float32": {"chunk_pages": torch.zeros(3, 2)},
+    "chunk_pages: expected at most 2147483647 tokens a row, got 2 pages of 1073741824": {
+        "page_tokens": 1 << 30
+    },
     "chunk_tokens: expected shape [3], got [4]": {"chunk_tokens": torch.zeros(4).int()},
     "chunk_tokens: expected shape [1, 3], got [2, 3]": {"chunk_tokens": torch.zeros(2, 3).int()},
     "chunk_tokens: expected dtype int32, got int64": {"chunk_tokens": torch.zeros(3).long()},

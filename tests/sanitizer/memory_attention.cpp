@@ -222,7 +222,7 @@ void check_forward(const Shape& s, MemoryAttentionFn attend, MergeSplitsFn merge
   p.num_splits = 1;
   for (int64_t b = 0; b < s.batch && p.num_blocks == 1; ++b) {
     const int64_t count = problem.begin[b + 1] - problem.begin[b];
-    const int64_t splits = (count + kTilesPerSplit - 1) / kTilesPerSplit;
+    const int64_t splits = splits_of(count, p.block_rows);
     if (splits > p.num_splits) p.num_splits = splits;
   }
   const int64_t blocks = s.batch * s.kv_heads * p.num_blocks;
