@@ -34,7 +34,8 @@ def run() -> int:
     except FileExistsError as error:
         return refuse(f"{error.filename}: expected a folder, got a file")
     except OSError as error:
-        return refuse(f"{error.filename or 'input or output'}: {error.strerror or error}")
+        name = error.filename or "input or output"
+        return refuse(f"{name}: expected to read or write it, got: {error.strerror or error}")
     except ImportError as error:
         if not str(error).startswith("lychee_kernels"):
             raise

@@ -179,6 +179,10 @@ def refuse_unsupported(raw: dict[str, Any]) -> None:
             raise UnsupportedModelError(f"config: {name}: expected none, got {raw[name]}")
 
 
+# The prompts that a checkpoint may bring with it.
+TEMPLATES = ("update", "answer", "no_memory")
+
+
 @dataclass(frozen=True)
 class MemoryConfig:
     """Geometry of the compressed memory and limits of the reading loop.
@@ -233,6 +237,12 @@ class MemoryConfig:
             raise MemoryConfigError(
                 f"margin: expected 0 to {self.chunk - 1} of the chunk's tokens, got {self.margin}"
             )
+        for name, text in self.templates.items():
+            if name not in TEMPLATES or not isinstance(text, str):
+                raise MemoryConfigError(
+                    f"lychee_memory_templates: expected texts named {', '.join(TEMPLATES)}, "
+                    f"got {name}: {text!r:.40}"
+                )
         for name in ("size", "answer", "question", "passes", "together"):
             if getattr(self, name) < 1:
                 raise MemoryConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from lychee.bank import MemoryBank
 from lychee.demo import Outcome
+from lychee.quantities import counted
 
 WIDTH_OFF_TERMINAL = 120
 MOST_LISTED = 6
@@ -44,9 +45,11 @@ def print_report(report: dict[str, Any]) -> None:
         f"chunk {report['chunk']} tokens."
     )
     console.print(
-        f"Text {report['text']}: {report['tokens']:,} tokens with {report['asked']} facts hidden "
-        f"(--seed {report['seed']}), remembered in {report['build_seconds']:.1f} s as "
-        f"{report['memory_tokens']:,} memory tokens in {report['chunks']} chunks, "
+        f"Text {report['text']}: {counted(report['tokens'], 'token')} with "
+        f"{counted(report['asked'], 'fact')} hidden (--seed {report['seed']}), remembered in "
+        f"{report['build_seconds']:.1f} s as "
+        f"{counted(report['memory_tokens'], 'memory token')} in "
+        f"{counted(report['chunks'], 'chunk')}, "
         f"{megabytes:.0f} MiB."
     )
     console.print(make_table(report))

@@ -20,6 +20,7 @@ from lychee.bank.pieces import BATCH_TOKENS
 from lychee.config import MemoryConfig, ModelConfig
 from lychee.decoder import BLOCK_ROWS, Decoder
 from lychee.errors import InputError, MemoryConfigError
+from lychee.gate_file import read_gate_config
 from lychee.memory_model import SHIPPED_MODEL, pick_device, pick_dtype
 from lychee.reading import MAX_TOKENS
 from lychee.reasoner import MAX_ROWS
@@ -94,7 +95,9 @@ def estimate_bank(
     """
     if folder is not None and folder.name == CONFIG:
         folder = folder.parent
-    raw = read_config(SHIPPED_MODEL if folder is None else folder)
+    model = SHIPPED_MODEL if folder is None else folder
+    raw = read_config(model)
+    read_gate_config(raw, model / CONFIG)
     unknown = [name for name in bank_dtypes or () if name not in DTYPES]
     if unknown:
         raise InputError(f"bank-dtype: expected one of {', '.join(DTYPES)}, got {unknown[0]!r}")

@@ -250,8 +250,12 @@ def pick_device(device: str | torch.device) -> torch.device:
         found = torch.device(best if device == "auto" else device)
     except RuntimeError as error:
         raise InputError(f"device: expected auto, cpu or cuda, got {device!r}") from error
+    if found.type not in ("cpu", "cuda"):
+        raise InputError(f"device: expected auto, cpu or cuda, got {device}")
     if found.type == "cuda" and best == "cpu":
         raise InputError(f"device: expected cpu, as torch sees no GPU here, got {device}")
+    if found.type == "cuda" and (found.index or 0) >= (count := torch.cuda.device_count()):
+        raise InputError(f"device: expected cuda:0 to cuda:{count - 1}, got {device}")
     return found
 
 

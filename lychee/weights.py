@@ -29,7 +29,7 @@ FLOATS = {"F64", "F32", "F16", "BF16"}
 # Never read: the released training's leftover head, and rotary tables of old transformers versions.
 IGNORED = re.compile(r"similarity_head\.(weight|bias)|.*rotary_emb\.inv_freq")
 
-COUNT, COUNTS = "a whole number above 0", "whole numbers above 0"
+COUNT, COUNTS, SIZE = "a whole number above 0", "whole numbers above 0", "a whole number from 0"
 NUMBER, IDS, TEXTS, OBJECT = "a number above 0", "token ids", "a list of texts", "an object"
 # What config.json may say; fields that are absent or null are the config classes' matter.
 FIELDS = {
@@ -37,8 +37,9 @@ FIELDS = {
         *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
         *("num_attention_heads", "num_key_value_heads", "max_position_embeddings"),
         *(f"lychee_memory_{name}" for name in ("window", "stride", "chunk", "size", "answer")),
-        *("lychee_memory_question", "lychee_memory_passes"),
+        *(f"lychee_memory_{name}" for name in ("question", "passes", "together")),
     ),
+    SIZE: ("lychee_memory_margin",),
     NUMBER: ("rms_norm_eps", "rope_theta"),
     COUNTS: ("lychee_memory_ratio",),
     IDS: ("bos_token_id", "eos_token_id", "pad_token_id"),
@@ -47,6 +48,7 @@ FIELDS = {
 }
 FITS = {
     COUNT: lambda value: type(value) is int and value > 0,
+    SIZE: lambda value: type(value) is int and value >= 0,
     NUMBER: lambda value: type(value) in (int, float) and 0 < value < float("inf"),
     COUNTS: lambda value: value != [] and all(map(FITS[COUNT], as_tuple(value))),
     IDS: lambda value: all(type(item) is int for item in as_tuple(value)),

@@ -24,6 +24,7 @@ from lychee.commands.loading import (
 )
 from lychee.errors import InputError
 from lychee.progress import ProgressDisplay
+from lychee.quantities import counted
 
 MOST_NEW_TOKENS = 65_536
 
@@ -235,15 +236,16 @@ def print_answers(answers: list, seconds: dict[str, float]) -> None:
                 print(f"  notes changed at {where}{quote}", file=sys.stderr)
     usage = answers[0].usage
     read = {step.chunk for answer in answers for step in answer.trace if step.read}
-    tokens = f"{usage.text_tokens:,} tokens"
+    tokens = counted(usage.text_tokens, "token")
     made = (
         f"{tokens} remembered in {seconds['build_seconds']:.1f} s as"
         if "build_seconds" in seconds
         else f"{tokens} in the bank, opened in {seconds['open_seconds']:.2f} s, as"
     )
     print(
-        f"  {made} {usage.memory_tokens:,} memory tokens; {len(read)} of {usage.chunks} "
-        f"chunks read in {usage.read_seconds:.1f} s, answered in {usage.answer_seconds:.1f} s",
+        f"  {made} {counted(usage.memory_tokens, 'memory token')}; {len(read)} of "
+        f"{counted(usage.chunks, 'chunk')} read in {usage.read_seconds:.1f} s, answered in "
+        f"{usage.answer_seconds:.1f} s",
         file=sys.stderr,
     )
 

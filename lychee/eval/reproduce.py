@@ -85,10 +85,10 @@ def reproduce(
     if draw:
         plots.load_matplotlib()
     curves, label = read_curves(plan)
-    records = RecordFile(out, shared)
     model = load(None)
     runs = runs_of(plan, make_cells, model.gate is not None)
     check_settings([setting for setting, _ in runs], model)
+    records = RecordFile(out, shared)
     peer = with_positions(model, max(plan.lengths) + SPARE_POSITIONS)
     report = {
         "command": command,

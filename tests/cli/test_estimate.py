@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from lychee.bank import DTYPES
+from lychee.errors import LycheeError
 from lychee.estimate import estimate_bank
 
 QWEN = {
@@ -128,3 +129,21 @@ def test_peak_is_as_measured():
     measured = json.loads(result.stdout)
     estimate = estimate_bank(None, measured["tokens"], [4], ["float32"])
     assert estimate.rows[0].ask_peak_bytes == pytest.approx(measured["peak"], rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("lychee_memory_gate_layers", "two", "lychee_memory_gate_layers: expected a whole number"),
+        ("lychee_memory_window", [64], "lychee_memory_window: expected a whole number above 0"),
+        ("lychee_memory_templates", {"updates": "x"}, "expected texts named update, answer, no_me"),
+        (
+            "lychee_memory_templates",
+            {"update": 3},
+            "expected texts named update, answer, no_memory",
+        ),
+    ],
+)
+def test_what_loading_refuses_is_refused(folder_of, field, value, message):
+    with pytest.raises(LycheeError, match=message):
+        estimate_bank(folder_of(QWEN | {field: value}), 1000)

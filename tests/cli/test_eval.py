@@ -240,7 +240,9 @@ def test_a_reproduction_is_refused_before_anything_runs(run, model_folder, book_
     done = run(*call, "--out", tmp_path / "out", "--model", model_folder)
     assert done.returncode == 2 and done.out == "" and len(done.err.splitlines()) == 1
     assert "ratio: expected a divisor of the window of 64 tokens, got 3" in done.err
-    assert not (tmp_path / "out" / "records.jsonl").exists()
+    done = run("bench", "reproduce", tmp_path / "none", "--quick", "--out", tmp_path / "out")
+    assert done.returncode == 2 and done.err.startswith(f"lychee: error: {tmp_path / 'none'}: ")
+    assert not (tmp_path / "out").exists()
 
 
 def test_other_methods_are_run_beyond_the_positions_of_the_model(

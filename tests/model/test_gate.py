@@ -172,6 +172,15 @@ def test_drawn_notes_are_gated_too(tiny_model, bank, prose):
     assert {event.round for event in runs[0]} == {0, 1}
 
 
+def test_scores_that_are_not_finite_stop_the_reading(tiny_model, bank, monkeypatch):
+    """No chunk would pass, and none be read."""
+    gate = random_gate(tiny_model)
+    score = gate.score
+    monkeypatch.setattr(gate, "score", lambda *given: score(*given) * float("nan"))
+    with pytest.raises(CheckpointError, match="gate: expected finite scores, got others"):
+        read(tiny_model, gate, bank, [[5, 6, 7]], 0.5, 1)
+
+
 def test_merged_weights_and_shared_prompts_change_nothing(tiny_model, prose):
     """Training scores pairs one to one with adapters beside the weights; reading does neither."""
     model = tiny_model

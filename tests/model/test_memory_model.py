@@ -191,6 +191,7 @@ def test_a_bank_of_other_geometry_is_refused(tiny_model, prose, tmp_path):
         ({"ratio": 3}, "ratio: expected a divisor of the window of 16 tokens, got 3"),
         ({"chunk": 24}, "chunk: expected a multiple of the window of 16 tokens, got 24"),
         ({"dtype": "int8"}, "dtype: expected one of float32"),
+        ({"device": "meta"}, "device: expected auto, cpu or cuda, got meta"),
     ],
 )
 def test_bad_options(tiny_model, tmp_path, options, message):

@@ -96,6 +96,14 @@ BROKEN = {
         config_change(hidden_size="32"),
         r"config\.json: hidden_size: expected a whole number above 0, got '32'",
     ),
+    "config of half a chunk": (
+        config_change(lychee_memory_together=1.5),
+        "lychee_memory_together: expected a whole number above 0, got 1.5",
+    ),
+    "config of a margin below nothing": (
+        config_change(lychee_memory_margin=-1),
+        "lychee_memory_margin: expected a whole number from 0, got -1",
+    ),
     "config of zero": (
         config_change(num_attention_heads=0),
         "num_attention_heads: expected a whole number above 0, got 0",
