@@ -22,7 +22,7 @@ void partition(MemoryAttentionParams* p, const KeyTiles& tiles) {
   p->block_rows = p->block_tokens * group;
   p->num_blocks = p->num_queries == 0 ? 0 : (p->num_queries - 1) / p->block_tokens + 1;
   p->num_splits = 1;
-  if (p->num_blocks > 1) return;
+  if (p->num_blocks != 1) return;
   for (size_t b = 0; b + 1 < tiles.begin.size(); ++b) {
     const int64_t count = tiles.begin[b + 1] - tiles.begin[b];
     const int64_t splits = splits_of(count, p->block_rows);
