@@ -179,8 +179,8 @@ def refuse_unsupported(raw: dict[str, Any]) -> None:
             raise UnsupportedModelError(f"config: {name}: expected none, got {raw[name]}")
 
 
-# The prompts that a checkpoint may bring with it.
-TEMPLATES = ("update", "answer", "no_memory")
+# The prompts that a checkpoint may bring with it: of the reading loop, and of training on texts.
+TEMPLATES = ("update", "answer", "no_memory", "recite", "continue")
 
 
 @dataclass(frozen=True)

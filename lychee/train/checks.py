@@ -8,9 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import Any
 
-from lychee.config import MemoryConfig
-from lychee.data.texts import TEMPLATES
-from lychee.prompts import DEFAULTS
+from lychee.config import TEMPLATES, MemoryConfig
 from lychee.weights import COUNT, FIELDS, FITS, TEXTS
 
 PREFIX = "lychee_memory_"
@@ -22,7 +20,7 @@ MODEL_FIELDS = (
     *(name for name in HOLDS if not name.startswith(PREFIX)),
 )
 MEMORY_FIELDS = tuple(item.name for item in fields(MemoryConfig))
-HOLDS |= {"architectures": TEXTS, f"{PREFIX}ratio": COUNT, f"{PREFIX}together": COUNT}
+HOLDS |= {"architectures": TEXTS, f"{PREFIX}ratio": COUNT}
 
 
 def check_model(table: dict[str, Any]) -> None:
@@ -36,7 +34,7 @@ def check_memory(table: dict[str, Any]) -> None:
     """Refuse in [memory] what is no setting of the memory."""
     check_fields("memory", table, MEMORY_FIELDS, PREFIX)
     templates = table.get("templates", {})
-    check_fields("memory.templates", templates, (*DEFAULTS, *TEMPLATES), "")
+    check_fields("memory.templates", templates, TEMPLATES, "")
     for name, text in templates.items():
         if not isinstance(text, str):
             raise ValueError(f"memory.templates.{name}: expected a text, got {text!r}")

@@ -4,7 +4,10 @@
 import pytest
 from small_run import RECIPE, small_run, write_recipe
 
+from lychee.config import TEMPLATES, MemoryConfig
+from lychee.data import texts
 from lychee.errors import InputError, LycheeError
+from lychee.prompts import DEFAULTS
 from lychee.train.pretrain import PretrainRecipe
 from lychee.train.sft import SupervisedRecipe
 
@@ -121,3 +124,9 @@ def test_contradictions_of_traces(tmp_path, setting, message):
 def test_what_does_not_fit_the_books_or_the_model(tmp_path, books, change, message):
     with pytest.raises(LycheeError, match=message):
         small_run(tmp_path / "run", books, RECIPE.replace(*change))
+
+
+def test_prompts_of_training_on_texts_belong_to_a_checkpoint():
+    """TextTurns take them from there."""
+    prompts = dict.fromkeys(texts.TEMPLATES, "<|memory|>") | dict.fromkeys(DEFAULTS, "text")
+    assert MemoryConfig(templates=prompts).templates.keys() == set(TEMPLATES)
