@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -127,6 +127,12 @@ def prefill(
     return hidden
 
 
+def check_scores(scores: Iterable[float], message: str) -> None:
+    """Raise a CheckpointError of this message for scores that nothing can be told from."""
+    if not all(map(math.isfinite, scores)):
+        raise CheckpointError(message, "choose the dtype float32, or another model")
+
+
 @torch.inference_mode()
 def generate(
     decoder: Decoder,
@@ -178,11 +184,8 @@ def generate(
             chosen = torch.multinomial(weights, 1, generator=generator)[:, 0]
         # both at once: a GPU is waited for once a step
         scores, tokens = torch.stack((largest.double(), chosen.double())).tolist()
-        if not all(map(math.isfinite, scores)):
-            raise CheckpointError(
-                f"logits: expected finite numbers, got others at token {step} of a turn",
-                "choose the dtype float32, or another model",
-            )
+        wrong = f"logits: expected finite numbers, got others at token {step} of a turn"
+        check_scores(scores, wrong)
         for row, token in enumerate(map(int, tokens)):
             if row not in live:
                 continue

@@ -10,7 +10,6 @@ asked ahead under the earlier notes is then asked again.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
@@ -18,9 +17,9 @@ from time import perf_counter
 import torch
 
 from lychee.bank import MemoryBank
-from lychee.errors import CheckpointError, InputError
+from lychee.errors import InputError
 from lychee.gate import Gate
-from lychee.generate import GREEDY, Sampling
+from lychee.generate import GREEDY, Sampling, check_scores
 from lychee.reading_state import Event, Reading, Rules
 from lychee.reasoner import MAX_ROWS, Reasoner
 
@@ -153,11 +152,7 @@ class ReadingLoop:
             for group, pages in self.bank.chunk_tables([chunk for _, chunk in rows]):
                 of = torch.tensor([rows[row][0] for row in group], device=pages.kv.device)
                 found = self.gate.score(prompts, of, pages).sigmoid().tolist()
-                if not math.isfinite(sum(found)):
-                    raise CheckpointError(
-                        "gate: expected finite scores, got others",
-                        "choose the dtype float32, or another model",
-                    )
+                check_scores(found, "gate: expected finite scores, got others")
                 scores.update(zip(group, found, strict=True))
         ordered = iter(range(len(rows)))
         for reading, chunks in zip(readings, ahead, strict=True):
