@@ -39,14 +39,13 @@ def memory_attention_bwd(
     dq, dk, dv = _part(rows, keys, values, seen)
     dkv = q.new_empty(0)
     if kv is not None:
+        # as the forward has it, a page outside of the bank is empty
+        outside = (page_table < 0) | (page_table >= kv.shape[0])
+        page_table, page_len = (x.masked_fill(outside, 0) for x in (page_table, page_len))
         tables = (page_table, page_len, page_base, num_pages, cos, sin)
         keys, values, in_use = torch.ops.lychee.gather_chunks(
             kv, kv_scale, *tables, layer, layer + 1, rope_mode, torch.float32
         )
-        # as the forward has it, a page outside of the bank is empty
-        inside = (page_table >= 0) & (page_table < kv.shape[0])
-        in_use = in_use & inside.repeat_interleave(kv.shape[4], dim=1)
-        keys, values = (x.masked_fill(~in_use[:, None, :, None], 0.0) for x in (keys, values))
         page_dq, page_dk, page_dv = _part(rows, keys[0], values[0], in_use[:, None])
         dq += page_dq
         if bank_wanted:
